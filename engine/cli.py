@@ -1,0 +1,140 @@
+"""The ``crossmask`` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from .failures import EXIT_USER_ERROR, handle_user_errors, print_error
+
+app = typer.Typer(
+    name="crossmask",
+    help="Pre-train vision-language models under masks taken from cross-attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"crossmask {version('crossmask')}")
+        except PackageNotFoundError:
+            typer.echo("crossmask (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def crossmask(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+# typer reads these annotations at run time; Optional and not "| None" for Python 3.10's sake.
+@app.command(short_help="Train a recipe on every GPU, or on CPU ranks where there is none.")
+def train(
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="A recipe file, or the name of a shipped recipe (see: crossmask recipes)."),
+    ] = None,
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Fields to change, such as training.max_steps=20 model.fusion.depth=4."),
+    ] = None,
+    resume: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="RUN", help="Continue the run in this folder, with its own recipe."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="The run folder. Default: runs/NAME-DATE-TIME."),
+    ] = None,
+    ranks: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Processes to start. Default: every GPU, else training.cpu_ranks."),
+    ] = None,
+) -> int:
+    """Train a recipe. Ctrl-C saves a checkpoint and stops; --resume goes on from it."""
+    from .deepspeed_config import build_deepspeed_config
+    from .recipe_files import choose_run_dir, load_recipe, load_run_recipe
+    from .train import parse_arguments
+    from .training.launcher import launch, plan_ranks
+
+    given = [*([recipe] if recipe else []), *(overrides or [])]
+    options = [*(["--resume", str(resume)] if resume else []), *(["--output", str(output)] if output else [])]
+    parse_arguments([*given, *options])  # the same rules as inside the ranks
+    if resume:
+        run_dir = resume.absolute()
+        described = load_run_recipe(run_dir, given)
+    else:
+        described = load_recipe(given[0], given[1:])
+        if output:
+            described = described.model_copy(update={"output": output})
+        run_dir = choose_run_dir(described)
+        options = ["--output", str(run_dir)]
+    plan = plan_ranks(described, ranks)
+    build_deepspeed_config(described, plan.ranks, plan.device_type)
+    return launch([*given, *options], run_dir, plan)
+
+
+@app.command()
+def doctor() -> int:
+    """Say what this machine can run, and what is missing for the rest."""
+    from .doctor import run_doctor
+
+    return run_doctor()
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Rebuild a run's report.html and print where it is."""
+    from .evaluation.report import build_report
+
+    typer.echo(build_report(run))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .recipe_files import load_recipe, shipped_recipes
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it is")
+    for name in shipped_recipes():
+        table.add_row(name, load_recipe(name).note)
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 2 a user's mistake in one line, 130 stopped, 1 anything else."""
+    with handle_user_errors():
+        try:
+            result: Any = app(standalone_mode=False)
+        except typer.Abort:
+            sys.exit(130)
+        except Exception as error:
+            # A usage error of click, which typer imports or carries along under changing names.
+            tell = getattr(error, "format_message", None)
+            if tell is None:
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # type: ignore[attr-defined]
+            else:
+                print_error(f"crossmask: {tell().rstrip('.')}; see crossmask --help")
+            sys.exit(EXIT_USER_ERROR)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What every data source offers the training loop and the evaluation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .tokenizer import CaptionTokenizer
+
+IMAGE_MEAN = IMAGE_STD = 0.5  # all sources, all channels: 0..1 becomes -1..1
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """(..., 3, H, W) as in :class:`Batch` -> the same shape, float32 in 0..1, for pictures in reports."""
+    return (images.float() * IMAGE_STD + IMAGE_MEAN).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """Captions without images, for a retrieval gallery. C captions, L tokens."""
+
+    token_ids: Tensor  # (C, L) int64
+    token_mask: Tensor  # (C, L) bool
+    maskable: Tensor  # (C, L) bool
+    group_id: Tensor  # (C,) int64
+    index: Tensor  # (C,) int64, position in the gallery
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def to(self, device: torch.device | str) -> CaptionBatch:
+        return CaptionBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+class EvaluationSplit(ABC):
+    """Held-out images and the distinct captions they are ranked against. Ids, flags and batches share one order."""
+
+    title: str
+    image_group_id: np.ndarray  # (N,) int64
+    gallery_group_id: np.ndarray  # (C,) int64
+    image_is_flag: np.ndarray  # (N,) bool; all False where a source has no flags
+    gallery_is_flag: np.ndarray  # (C,) bool
+
+    @property
+    def image_count(self) -> int:
+        return len(self.image_group_id)
+
+    @property
+    def caption_count(self) -> int:
+        return len(self.gallery_group_id)
+
+    def describe(self) -> str:
+        return f"{self.title}: {self.image_count} images, {self.caption_count} captions"
+
+    @abstractmethod
+    def images(self, batch_size: int) -> Iterator[Batch]:
+        """Every image once, without augmentation, each with one caption; ``index`` is the position in the split."""
+
+    @abstractmethod
+    def gallery(self, batch_size: int) -> Iterator[CaptionBatch]:
+        """Every caption once."""
+
+
+class PairData(ABC):
+    """Image-caption pairs: a training set, its evaluation splits and the tokenizer of their captions."""
+
+    tokenizer: CaptionTokenizer
+    max_tokens: int  # no batch is longer than this: the size of a position table
+    train_size: int
+    train_group_id: np.ndarray  # (train_size,) int64
+    splits: Mapping[str, EvaluationSplit]
+
+    @abstractmethod
+    def train_batch(self, indices: np.ndarray, epoch: int, truth: bool = False) -> Batch:
+        """Augmented samples. Each depends only on (seed, epoch, its index), whatever else is in the batch.
+
+        ``indices`` (B,) int64 in ``range(train_size)``; ``truth`` adds ``things`` and ``words`` where they are known.
+        """
+
+    def scene_batch(self, split: str, count: int, seed: int) -> Batch | None:
+        """``count`` composed scenes of held-out drawings with their truth, or None where a source has none."""
+        return None
+
+    @abstractmethod
+    def describe(self) -> dict[str, object]:
+        """Plain facts for a person: sizes, splits, vocabulary, licences."""

@@ -1,0 +1,125 @@
+"""A WordPiece vocabulary trained on the captions at hand: nothing is downloaded, and a run folder can hold it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+from tokenizers.processors import BertProcessing
+from tokenizers.trainers import WordPieceTrainer
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# Words that say nothing about a picture: readable, but never masked. Without this they are the commonest target.
+FUNCTION_WORDS = frozenset(
+    ("a", "an", "and", "the", "of", "in", "on", "at", "to", "for", "with", "by", "or", "from", "as", "is", "it", "its")
+)
+
+_NORMALIZER = normalizers.Sequence(
+    [
+        normalizers.NFKD(),
+        normalizers.StripAccents(),
+        normalizers.Lowercase(),
+        normalizers.Replace(Regex("['\u2019\u2018`\u00b4]"), ""),  # "o'clock" and "child's" stay one word
+    ]
+)
+_PRE_TOKENIZER = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(Regex(r"[^\p{L}\p{N}\p{M}]+"), "removed"),
+        pre_tokenizers.Split(Regex(r"[\p{Han}\p{Hiragana}\p{Katakana}]"), "isolated"),
+    ]
+)
+
+
+def split_words(text: str) -> list[str]:
+    """A caption as lower-case words without accents and punctuation; there may be none."""
+    return [word for word, _ in _PRE_TOKENIZER.pre_tokenize_str(_NORMALIZER.normalize_str(text))]
+
+
+class CaptionTokenizer:
+    """Lower-case words without accents and punctuation, and words in pieces. Ids 0..4 are :data:`SPECIALS`."""
+
+    pad_id, unknown_id, cls_id, sep_id, mask_id = range(5)
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        ids = tuple(tokenizer.token_to_id(token) for token in SPECIALS)
+        if ids != tuple(range(5)):
+            raise CheckpointError(
+                f"tokenizer.json is not a caption tokenizer: {' '.join(SPECIALS)} must have the ids 0 to 4"
+            )
+        self._tokenizer = tokenizer
+        self._pieces: dict[str, tuple[int, ...]] = {}
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocabulary_size: int) -> CaptionTokenizer:
+        """The same captions in any order give the same vocabulary; well under a second for a few thousand captions."""
+        words = Counter(word for caption in captions for word in split_words(caption))
+        letters: Counter[str] = Counter()
+        for word, times in words.items():
+            for letter in word:
+                letters[letter] += times
+        room = (vocabulary_size - len(SPECIALS)) // 2  # a letter costs two tokens, x and ##x
+        alphabet = sorted(sorted(letters, key=lambda x: (-letters[x], x))[:room])
+        # The trainer numbers ##x in the order of a hash map and breaks ties between merges by number, so every run, and
+        # every rank, would get another vocabulary. Numbered before it starts, its work is deterministic.
+        first = [*SPECIALS, *alphabet, *(f"##{letter}" for letter in alphabet)]
+        trained = Tokenizer(WordPiece(unk_token="[UNK]"))
+        trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer = WordPieceTrainer(
+            vocab_size=vocabulary_size,
+            special_tokens=first,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        )
+        trained.train_from_iterator((f"{word} " * times for word, times in sorted(words.items())), trainer)
+
+        tokenizer = Tokenizer(WordPiece(trained.get_vocab(), unk_token="[UNK]"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = _NORMALIZER, _PRE_TOKENIZER
+        tokenizer.decoder = decoders.WordPiece()
+        tokenizer.post_processor = BertProcessing(("[SEP]", cls.sep_id), ("[CLS]", cls.cls_id))
+        return cls(tokenizer)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size())
+
+    def pieces(self, word: str) -> tuple[int, ...]:
+        """Token ids of one word of :func:`split_words`; each distinct word is encoded once."""
+        found = self._pieces.get(word)
+        if found is None:
+            found = self._pieces[word] = tuple(self._tokenizer.encode(word, add_special_tokens=False).ids)
+        return found
+
+    def words(self, token_ids: Tensor | np.ndarray | Sequence[int]) -> list[str]:
+        """One string per token, in place: specials as ``[CLS]``, a word's later pieces as ``##ing``."""
+        ids = token_ids.tolist() if isinstance(token_ids, Tensor | np.ndarray) else list(token_ids)
+        return [self._tokenizer.id_to_token(int(i)) or "[UNK]" for i in ids]
+
+    def text(self, token_ids: Tensor | np.ndarray | Sequence[int]) -> str:
+        """The tokens as a readable line without [CLS], [SEP] and [PAD]."""
+        kept = [w for w in self.words(token_ids) if w not in ("[PAD]", "[CLS]", "[SEP]")]
+        return re.sub(r" ##", "", " ".join(kept))
+
+    def save(self, path: Path) -> None:
+        """Write ``tokenizer.json`` in the `tokenizers` format: whole or not at all."""
+        part = path.with_name(path.name + ".part")
+        self._tokenizer.save(str(part))
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path) -> CaptionTokenizer:
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises a bare Exception for a missing or broken file
+            raise CheckpointError(
+                f"cannot read tokenizer {path}: {error}; copy it from the run it belongs to"
+            ) from None

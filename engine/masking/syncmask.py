@@ -1,0 +1,43 @@
+"""Synchronised attentional masking."""
+
+from __future__ import annotations
+
+from crossmask.kernels import topk_mask
+
+from ..recipe import MaskingSection
+from .plan import MaskContext, MaskPlan
+from .registry import register_policy
+
+
+@register_policy("syncmask")
+class SyncMask:
+    """Hide exactly the patches and words that the teacher's cross-attention connects.
+
+    SyncMask (Song et al., CVPR 2024): w_img is the mean over heads and words of the softmax over patches, w_txt the
+    mean over heads and patches of the softmax over words; the top ``image_ratio`` and ``text_ratio`` of them are
+    hidden, where they exceed the thresholds. The reduction over heads and the rounding are a reconstruction: the
+    paper does not state them.
+    """
+
+    def __init__(self, section: MaskingSection) -> None:
+        self.section = section
+
+    def __call__(self, context: MaskContext) -> MaskPlan:
+        found, section = context.statistics, self.section
+        if found.key_attention is None or found.query_attention is None:
+            raise ValueError("syncmask needs the statistics key_attention and query_attention")
+        return MaskPlan(
+            image=topk_mask(
+                found.key_attention,
+                ratio=section.image_ratio,
+                # A caption without a word that counts has looked nowhere: every patch would tie at 0.
+                valid=context.maskable.any(1, keepdim=True).expand_as(found.key_attention),
+                threshold=section.image_threshold,
+            ),
+            text=topk_mask(
+                found.query_attention,
+                ratio=section.text_ratio,
+                valid=context.maskable,
+                threshold=section.text_threshold,
+            ),
+        )

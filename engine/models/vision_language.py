@@ -1,0 +1,107 @@
+"""Two towers and a fusion encoder: the part of the student that the momentum teacher mirrors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..recipe import ModelSection
+from .fusion import Fused, FusionEncoder, KeyValue
+from .text import TextTower
+from .vision import ImageTower
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    tokens: Tensor  # (B, N, width) in the tower's dtype
+    feature: Tensor  # (B, E) float32, length 1
+
+
+class VisionLanguageModel(nn.Module):
+    """ALBEF's layout (Li et al. 2021): image tower, text tower, projections, fusion encoder, word and match heads.
+
+    All names in this class are shared by student and teacher; heads that the teacher has no use for live in
+    :class:`~crossmask.engine.models.pretraining.PretrainingModel`.
+    """
+
+    def __init__(self, section: ModelSection, vocabulary_size: int, max_length: int, pad_id: int = 0) -> None:
+        super().__init__()
+        width, fusion = section.text.width, section.fusion
+        self.pool = section.pool
+        self.image = ImageTower(section.image)
+        self.text = TextTower(section.text, vocabulary_size, max_length, pad_id)
+        self.image_projection = nn.Linear(section.image.width, section.projection_width)
+        self.text_projection = nn.Linear(width, section.projection_width)
+        self.fusion = FusionEncoder(
+            width, section.image.width, fusion.depth, fusion.heads, fusion.mlp_ratio, fusion.dropout, fusion.qk_norm
+        )
+        self.match_head = nn.Linear(width, 2)
+        self.word_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.word_bias = nn.Parameter(torch.zeros(vocabulary_size))
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        return self.image.patch_grid
+
+    @property
+    def patch_size(self) -> int:
+        return self.image.patch_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.word_bias.dtype
+
+    def forward(self, visit: Callable[[VisionLanguageModel], T]) -> T:
+        """Run ``visit(self)`` inside this module's forward: ZeRO-3 gathers parameters only there."""
+        return visit(self)
+
+    def encode_image(self, images: Tensor, patch_mask: Tensor | None = None) -> Encoded:
+        """(B, 3, H, W) -> tokens (B, 1 + P, width), CLS first. ``patch_mask`` (B, P) bool hides patches."""
+        tokens = self.image(images.to(self.dtype), patch_mask)
+        pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)
+        return Encoded(tokens, F.normalize(self.image_projection(pooled).float(), dim=-1))
+
+    def encode_text(self, token_ids: Tensor, token_mask: Tensor) -> Encoded:
+        """(B, L) ids and mask -> tokens (B, L, width)."""
+        tokens = self.text(token_ids, token_mask)
+        if self.pool == "cls":
+            pooled = tokens[:, 0]
+        else:  # the mean over everything but [CLS], whose embedding says nothing without self-attention
+            words = token_mask.to(tokens.dtype)[:, 1:, None]
+            pooled = (tokens[:, 1:] * words).sum(1) / words.sum(1).clamp(min=1)
+        return Encoded(tokens, F.normalize(self.text_projection(pooled).float(), dim=-1))
+
+    def project_image(self, image_tokens: Tensor) -> list[KeyValue]:
+        """(B, 1 + P, width) -> per fusion layer the keys and values, each (B, H, 1 + P, D)."""
+        return self.fusion.project_image(image_tokens)
+
+    def fuse(
+        self,
+        text_tokens: Tensor,
+        token_mask: Tensor,
+        image: Sequence[KeyValue],
+        statistics_layer: int | None = None,
+        query_mask: Tensor | None = None,
+    ) -> Fused:
+        """See :meth:`FusionEncoder.forward`."""
+        return self.fusion(text_tokens, token_mask, image, statistics_layer, query_mask)
+
+    def match_logits(self, fused_tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """(B, L, width) -> (B, 2) float32; class 1 says the pair belongs together."""
+        if self.pool == "cls":
+            pooled = fused_tokens[:, 0]
+        else:
+            words = token_mask.to(fused_tokens.dtype)[..., None]
+            pooled = (fused_tokens * words).sum(1) / words.sum(1).clamp(min=1)
+        return self.match_head(pooled).float()
+
+    def word_logits(self, rows: Tensor) -> Tensor:
+        """(N, width) fused rows -> (N, V); the decoder is tied to the word embeddings."""
+        return F.linear(self.word_head(rows), self.text.word_embeddings.weight, self.word_bias)

@@ -1,0 +1,20 @@
+"""Each objective is a function of views that returns named terms."""
+
+from .itc import image_text_contrast
+from .itm import PRIOR, image_text_matching
+from .mim import masked_image_modelling
+from .mlm import masked_language_modelling
+from .views import Keys, StudentView, TeacherView, Terms, look
+
+__all__ = [
+    "PRIOR",
+    "Keys",
+    "StudentView",
+    "TeacherView",
+    "Terms",
+    "image_text_contrast",
+    "image_text_matching",
+    "look",
+    "masked_image_modelling",
+    "masked_language_modelling",
+]

@@ -1,0 +1,244 @@
+"""One typed description of a run.
+
+A recipe is a YAML file; every field has a default, an unknown field is an error that names its nearest neighbour,
+and any field can be overridden on the command line by its dotted path (``training.max_steps=20``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: strict about its keys, immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python calls True an int, so ``depth: yes`` would quietly be a depth of one.
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise PydanticCustomError("bool_for_a_number", "not true or false")
+        return value
+
+
+class SceneSection(Section):
+    """Composed scenes: several drawings on one canvas; some named things not drawn, some drawn things not named."""
+
+    fraction: float = Field(0.0, ge=0.0, le=1.0, description="share of training samples that are scenes")
+    min_things: int = Field(2, ge=1, le=8)
+    max_things: int = Field(4, ge=1, le=8)
+    unnamed: float = Field(0.15, ge=0.0, le=1.0, description="chance that a drawn thing is not named")
+    undrawn: float = Field(0.15, ge=0.0, le=1.0, description="chance that a further thing is named but not drawn")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SceneSection:
+        if self.min_things > self.max_things:
+            raise ValueError(f"min_things ({self.min_things}) is larger than max_things ({self.max_things})")
+        return self
+
+
+class DataSection(Section):
+    source: Literal["emoji", "pairs"] = "emoji"
+    path: Path | None = Field(None, description="pairs: a .jsonl or .csv file with the columns image and caption")
+    image_root: Path | None = Field(
+        None, description="pairs: image paths are relative to it; default: the file's folder"
+    )
+    validation_fraction: float = Field(0.1, ge=0.0, lt=1.0, description="pairs: share of captions held out")
+    scenes: SceneSection = SceneSection()
+    augment: float = Field(
+        1.0, ge=0.0, le=1.0, description="strength of placement, rotation and colour changes; 0 = none"
+    )
+    mirror: bool = Field(True, description="mirror drawings whose meaning survives it (no flags, letters, left/right)")
+    word_drop: float = Field(0.0, ge=0.0, lt=1.0, description="chance that a caption word is left out while training")
+    max_words: int = Field(30, ge=1, le=512)
+    vocabulary_size: int = Field(4096, ge=64)
+
+    @model_validator(mode="after")
+    def _pairs_need_a_file(self) -> DataSection:
+        if self.source == "pairs" and self.path is None:
+            raise ValueError("path is missing: source 'pairs' reads a .jsonl or .csv file")
+        return self
+
+
+class ImageTowerSection(Section):
+    size: int = Field(256, ge=8, description="pixels a side")
+    patch_size: int = Field(16, ge=2)
+    width: int = Field(768, ge=8)
+    depth: int = Field(12, ge=0)
+    heads: int = Field(12, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    stem: Literal["patch", "conv"] = "patch"
+
+    @model_validator(mode="after")
+    def _divides(self) -> ImageTowerSection:
+        if self.size % self.patch_size:
+            raise ValueError(f"size ({self.size}) is not a multiple of patch_size ({self.patch_size})")
+        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"stem: conv needs a patch_size that is a power of two, not {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) is not a multiple of heads ({self.heads})")
+        return self
+
+
+class TextTowerSection(Section):
+    width: int = Field(768, ge=8)
+    depth: int = Field(6, ge=0)
+    heads: int = Field(12, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> TextTowerSection:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) is not a multiple of heads ({self.heads})")
+        return self
+
+
+class FusionSection(Section):
+    depth: int = Field(6, ge=1)
+    heads: int = Field(12, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    qk_norm: bool = Field(
+        False, description="cosine attention with a learned scale: selective early, for training from scratch"
+    )
+
+
+class ModelSection(Section):
+    image: ImageTowerSection = ImageTowerSection()
+    text: TextTowerSection = TextTowerSection()
+    fusion: FusionSection = FusionSection()
+    projection_width: int = Field(256, ge=8)
+    pool: Literal["cls", "mean"] = Field("cls", description="how a tower's tokens become one feature for ITC")
+
+    @model_validator(mode="after")
+    def _divides(self) -> ModelSection:
+        # The fusion encoder is as wide as the text; keys and values are projected from the image's own width.
+        if self.text.width % self.fusion.heads:
+            raise ValueError(f"text.width ({self.text.width}) is not a multiple of fusion.heads ({self.fusion.heads})")
+        return self
+
+
+class MaskingSection(Section):
+    policy: str = "syncmask"
+    image_ratio: float = Field(0.5, ge=0.0, le=1.0)
+    text_ratio: float = Field(0.15, ge=0.0, le=1.0)
+    image_threshold: float | None = Field(None, ge=0.0, le=1.0)
+    text_threshold: float | None = Field(None, ge=0.0, le=1.0)
+    layer: int = Field(-1, description="fusion layer of the teacher whose cross-attention is read")
+
+
+class ItcSection(Section):
+    weight: float = Field(1.0, ge=0.0)
+    temperature: float = Field(0.07, ge=0.001, le=0.5, description="initial value; learned within [0.001, 0.5]")
+    queue_length: int = Field(65536, ge=0)
+    queue_start: float = Field(0.0, ge=0.0, le=1.0, description="share of the run before the queue is contrasted with")
+    distillation: float = Field(0.4, ge=0.0, le=1.0, description="weight of the teacher's soft targets (alpha)")
+
+
+class ItmSection(Section):
+    weight: float = Field(1.0, ge=0.0)
+    hardness: float = Field(1.0, ge=0.0, le=1.0, description="negatives ~ softmax(hardness * similarity / temperature)")
+    hardness_ramp: float = Field(0.0, ge=0.0, le=1.0, description="share of the run over which hardness rises from 0")
+
+
+class MlmSection(Section):
+    weight: float = Field(1.0, ge=0.0)
+    distillation: float = Field(0.4, ge=0.0, le=1.0)
+
+
+class MimSection(Section):
+    weight: float = Field(1.0, ge=0.0)
+    target: Literal["teacher_feature", "pixel", "normalised_pixel"] = "teacher_feature"
+
+
+class ObjectivesSection(Section):
+    itc: ItcSection = ItcSection()
+    itm: ItmSection = ItmSection()
+    mlm: MlmSection = MlmSection()
+    mim: MimSection = MimSection()
+    distillation_ramp: float = Field(0.03, ge=0.0, le=1.0, description="share of the run in which alpha rises from 0")
+    fusion_start: float = Field(0.0, ge=0.0, lt=1.0, description="share of the run before ITM, MLM and MIM begin")
+    fusion_rows: int | None = Field(None, ge=2, description="pairs of a rank's batch in ITM, MLM and MIM; default all")
+
+
+class TeacherSection(Section):
+    momentum: float = Field(0.995, ge=0.0, lt=1.0)
+    warmup: bool = Field(False, description="momentum min(m, (1+t)/(10+t)) while the student still moves fast")
+
+
+class OptimizerSection(Section):
+    lr: float = Field(1e-4, gt=0.0)
+    final_lr: float = Field(1e-5, ge=0.0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(0.02, ge=0.0)
+    temperature_lr_scale: float = Field(1.0, gt=0.0, description="factor on lr for the ITC temperature")
+    warmup_steps: int = Field(1000, ge=0)
+    gradient_clip: float = Field(0.0, ge=0.0, description="0 = no clipping")
+
+
+class TrainingSection(Section):
+    max_steps: int = Field(1000, ge=1)
+    batch_size: int = Field(64, ge=1, description="pairs in one optimizer step, all ranks together")
+    accumulation_steps: int = Field(1, ge=1)
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every: int = Field(10, ge=1)
+    evaluate_every: int = Field(
+        0, ge=0, description="steps between mid-run looks at masks and ITM; 0 = only at the end"
+    )
+    max_nonfinite: int = Field(5, ge=1, description="non-finite losses in a row before the run stops")
+    cpu_ranks: int = Field(2, ge=1, description="ranks to start where there is no GPU")
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+
+
+class EvaluationSection(Section):
+    rerank: int = Field(16, ge=0, description="candidates re-ranked by ITM; 0 = none")
+    mask_samples: int = Field(512, ge=1)
+    gallery_pairs: int = Field(12, ge=1, description="held-out pairs drawn in the report's mask grid")
+
+
+class Recipe(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    output: Path | None = Field(None, description="run folder; default runs/NAME-YYYYMMDD-HHMMSS")
+    note: str = Field("", description="one line shown at the start: how long the run takes, and where measured")
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    masking: MaskingSection = MaskingSection()
+    objectives: ObjectivesSection = ObjectivesSection()
+    teacher: TeacherSection = TeacherSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    deepspeed: Path | dict[str, Any] = Field({}, description="a DeepSpeed JSON file, or its keys inline")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        depth, layer = self.model.fusion.depth, self.masking.layer
+        if not -depth <= layer < depth:
+            raise ValueError(f"masking.layer ({layer}) is not one of the {depth} layers of model.fusion.depth")
+        o = self.objectives
+        if not any(part.weight for part in (o.itc, o.itm, o.mlm, o.mim)):
+            raise ValueError("objectives: every weight is 0, which leaves nothing to train")
+        return self
+
+    @property
+    def warmup_steps(self) -> int:
+        """Warm-up steps of the learning rate: ``optimizer.warmup_steps``, at most half of the run."""
+        return min(self.optimizer.warmup_steps, self.training.max_steps // 2)
+
+    def notices(self) -> list[str]:
+        """Lines for the start of a run: what it does that differs from the letter of the recipe."""
+        asked, used, steps = self.optimizer.warmup_steps, self.warmup_steps, self.training.max_steps
+        if used == asked:
+            return []
+        return [f"warm-up is cut to {used} of the {steps} steps (optimizer.warmup_steps is {asked})"]

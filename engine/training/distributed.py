@@ -1,0 +1,105 @@
+"""Joining the ranks of a run: the same under ``deepspeed``, ``torchrun`` and in a single process without launcher."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import warnings
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+    device: torch.device
+
+
+def init_distributed() -> World:
+    """Start torch's process group through DeepSpeed and choose this rank's device.
+
+    nccl on GPUs, gloo on CPUs. Without a launcher's environment variables: one rank. On CPUs the cores are shared
+    evenly among the ranks unless OMP_NUM_THREADS is set.
+
+    Raises:
+        UserError: more ranks on this machine than GPUs.
+    """
+    warnings.filterwarnings("ignore")  # of libraries, about themselves; nothing a user could act on
+    import torch
+
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
+    local_rank = int(os.environ["LOCAL_RANK"])
+    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed LOCAL_SIZE; DeepSpeed's CPU accelerator reads the latter.
+    local_size = int(os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    if gpus:
+        if local_rank >= gpus:
+            raise UserError(f"{local_size} ranks on this machine but {gpus} GPUs; start {gpus} ranks")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads_per_rank(local_size))
+
+    import deepspeed
+    from deepspeed.utils.logging import set_log_level_from_string
+
+    set_log_level_from_string("error")
+    if not gpus:
+        # DeepSpeed would compile its shared-memory all-reduce here (a minute and a half; it serves inference only)
+        # and print that it did. This table is where it looks up which of its operators can be built.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    deepspeed.init_distributed("nccl" if gpus else "gloo", auto_mpi_discovery=False, verbose=False)
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value, on every rank; any picklable object. Call on all ranks."""
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def leave(code: int, together: bool) -> NoReturn:
+    """End this rank's process at once.
+
+    Interpreter exit with DeepSpeed and gloo loaded aborts every tenth time on CPUs ("terminate called without an
+    active exception"), long after all work is done; ``os._exit`` never does.
+
+    Args:
+        together: wait for the other ranks first; only where all of them come here.
+    """
+    if together:
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+    with suppress(OSError, ValueError):  # a closed pipe has no reader left to disappoint
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def threads_per_rank(ranks: int) -> int:
+    """Cores this process may run on, shared among ``ranks``; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,239 @@
+"""The run: from a recipe to a trained teacher, its evaluation and its report, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from ..data import load_data
+from ..evaluation import build_report, describe_machine, evaluate, print_summary, write_gallery
+from ..failures import EXIT_STOPPED
+from ..masking import build_policy
+from ..objectives import Terms
+from ..recipe import Recipe
+from ..recipe_files import dump_recipe
+from .checkpoint import CheckpointManager
+from .display import TrainingDisplay, quiet
+from .distributed import init_distributed
+from .metrics import MetricWriter
+from .pretrainer import PARTS, Pretrainer
+from .signals import StopRequest
+
+
+def train(recipe: Recipe, run_dir: Path, resume: bool) -> int:
+    """Run ``recipe`` on this rank, in ``run_dir``, from its latest checkpoint with ``resume``. Collective.
+
+    Returns the exit code: 0 when the run is finished, 130 when it was asked to stop and saved a checkpoint.
+
+    Raises:
+        UserError: what the user can mend; ``status.json`` then says ``failed`` and why.
+    """
+    quiet()
+    rank, world_size, device = init_distributed()
+    build_policy(recipe.masking)  # an unknown policy is said before the data is read
+    data = load_data(recipe)
+    pretrainer = Pretrainer(recipe, data, rank, world_size, device)
+    run = Run(recipe, run_dir, pretrainer, rank, world_size)
+    with StopRequest() as stop:
+        return run.go(stop, resume)
+
+
+class Run:
+    """The loop around a :class:`Pretrainer`: what is written, shown, saved and measured, and when."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path, pretrainer: Pretrainer, rank: int, world_size: int) -> None:
+        self.recipe, self.run_dir, self.pretrainer = recipe, run_dir, pretrainer
+        self.rank, self.world_size = rank, world_size
+        self.first = rank == 0
+        self.trained_s = 0.0  # seconds of training before this start of the run
+        self.writer: MetricWriter | None = None  # rank 0's
+        self.temperature = recipe.objectives.itc.temperature  # as last logged
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def go(self, stop: StopRequest, resume: bool) -> int:
+        recipe, pretrainer, total = self.recipe, self.pretrainer, self.recipe.training.max_steps
+        messages: list[str] = []
+        checkpoints = CheckpointManager(self.run_dir, recipe.training.keep_checkpoints, warn=messages.append)
+        if resume:
+            state = checkpoints.load(pretrainer.engine, pretrainer.teacher, pretrainer.queue)
+            pretrainer.next_step = state.step
+            pretrainer.guard.skipped = int(state.extra["skipped_steps"])
+            self.trained_s = float(state.extra["trained_s"])
+            self.temperature = float(state.extra["temperature"])
+        elif self.first:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            _write(self.run_dir / "recipe.yaml", dump_recipe(recipe))
+            pretrainer.data.tokenizer.save(self.run_dir / "tokenizer.json")
+        self._status("running")
+
+        with ExitStack() as stack:
+            if self.first:
+                writer = MetricWriter(self.run_dir, pretrainer.next_step if resume else None)
+                self.writer = stack.enter_context(writer)
+            machine = describe_machine(self.world_size)
+            self.display = stack.enter_context(
+                TrainingDisplay(
+                    total,
+                    recipe.name,
+                    "\n".join([recipe.note, *recipe.notices()]).strip(),
+                    self.first,
+                    start_step=pretrainer.next_step,
+                    machine=str(machine.get("processor", "")),
+                    ranks=self.world_size,
+                    run_dir=self.run_dir,
+                )
+            )
+            for message in messages:
+                self.display.message(message)
+            self.started = time.perf_counter()
+            try:
+                if self._train(stop, checkpoints):
+                    self._status("stopped", stop.reason or "asked to stop on another rank")
+                    return EXIT_STOPPED
+                evaluation = self._finish()
+                self._status("finished")
+                if self.first:
+                    self.display.status("drawing the report")
+                    build_report(self.run_dir)
+            except BaseException as error:
+                self._status("failed", f"{error}" or type(error).__name__)
+                raise
+        if self.first:
+            print_summary(evaluation)
+            print(f"\nreport: {self.run_dir / 'report.html'}", flush=True)
+        return 0
+
+    def _train(self, stop: StopRequest, checkpoints: CheckpointManager) -> bool:
+        """Train to the end of the recipe; True when asked to stop before."""
+        training, pretrainer = self.recipe.training, self.pretrainer
+        every = training.evaluate_every
+        saved = pretrainer.next_step
+        if every and pretrainer.next_step == 0:
+            self._probe()
+        since, logged = time.perf_counter(), pretrainer.next_step
+        while pretrainer.next_step < training.max_steps:
+            terms, numbers = pretrainer.step()
+            step = pretrainer.next_step
+            last = step == training.max_steps
+            self._count(terms)
+            if step % training.log_every == 0 or last:
+                now = time.perf_counter()
+                numbers["samples_per_s"] = (step - logged) * training.batch_size / (now - since)
+                self._log(step, numbers)
+                since, logged = now, step
+            if every and step % every == 0:
+                before = time.perf_counter()
+                self._probe()
+                since += time.perf_counter() - before  # a look at held-out data is not training
+            stopping = stop.agree()
+            if stopping or last or step % training.checkpoint_every == 0:
+                if step > saved:
+                    self._save(checkpoints, step)
+                    saved = step
+                if stopping and not last:
+                    return True
+        return False
+
+    def _save(self, checkpoints: CheckpointManager, step: int) -> None:
+        p = self.pretrainer
+        extra = {"trained_s": self._elapsed(), "skipped_steps": p.guard.skipped, "temperature": self.temperature}
+        path = checkpoints.save(step, p.engine, p.teacher, p.queue, extra)
+        self.display.message(f"checkpoint {path.name} saved")
+
+    def _count(self, terms: Terms) -> None:
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.float()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def _log(self, step: int, numbers: dict[str, float]) -> None:
+        """One record: terms averaged over the steps since the last record and over ranks."""
+        names = sorted(self.sums)  # the same on every rank: what a step computes depends on the step alone
+        if names:
+            mean = torch.stack([self.sums[n].double() / self.counts[n] for n in names])
+            if self.world_size > 1:
+                dist.all_reduce(mean)
+            numbers |= dict(zip(names, (mean / self.world_size).tolist(), strict=True))
+        self.temperature = numbers.get("temperature", self.temperature)
+        self.sums, self.counts = {}, {}
+        if self.writer is not None:
+            numbers |= {"time_s": self._elapsed(), "memory_mb": _memory_mb(self.pretrainer.device)}
+            self.writer.train(step, **numbers)
+            self.display.update(step, numbers)
+
+    def _probe(self) -> None:
+        with self.pretrainer.teacher.weights() as teacher:
+            if self.writer is not None:
+                self.display.status("looking at held-out data")
+                self.writer.probe(self.pretrainer.next_step, self._evaluate(teacher, full=False))
+                self.display.status(None)
+
+    def _evaluate(self, teacher: Any, full: bool) -> dict[str, Any]:
+        p = self.pretrainer
+        return evaluate(
+            teacher,
+            p.data,
+            p.plan_masks,
+            self.recipe,
+            p.device,
+            full,
+            temperature=self.temperature,
+            progress=lambda text: self.display.status(f"evaluating: {text}") if full else None,
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        """Final evaluation and export. Collective; the result is rank 0's."""
+        p, minutes = self.pretrainer, self._elapsed() / 60
+        evaluation: dict[str, Any] = {}
+        tensors = p.teacher.state_dict()
+        with p.teacher.weights() as teacher:
+            if self.first:
+                evaluation = self._evaluate(teacher, full=True)
+                evaluation |= {
+                    "machine": describe_machine(self.world_size),
+                    "steps": p.next_step,
+                    "minutes": minutes,
+                    "seconds_by_part": {part: round(p.seconds.get(part, 0.0), 3) for part in PARTS},
+                }
+                _write(self.run_dir / "evaluation.json", json.dumps(evaluation, indent=1))
+                self.display.status("drawing masked pairs")
+                write_gallery(self.run_dir, teacher, p.data, p.plan_masks, self.recipe, p.device)
+        if self.first:
+            folder = self.run_dir / "export"
+            folder.mkdir(exist_ok=True)
+            save_file(tensors, folder / "teacher.safetensors.part")
+            os.replace(folder / "teacher.safetensors.part", folder / "teacher.safetensors")
+        if self.world_size > 1:
+            dist.barrier()  # nobody leaves while rank 0 still measures
+        return evaluation
+
+    def _elapsed(self) -> float:
+        return self.trained_s + time.perf_counter() - self.started
+
+    def _status(self, state: str, reason: str = "") -> None:
+        if self.first:
+            step = self.pretrainer.next_step
+            status = {"state": state, "step": step, "reason": reason, "written_at": time.time()}
+            _write(self.run_dir / "status.json", json.dumps(status))
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole text or none of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, "utf-8")
+    os.replace(part, path)
+
+
+def _memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return psutil.Process().memory_info().rss / 2**20

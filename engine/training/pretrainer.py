@@ -1,0 +1,138 @@
+"""Student, teacher, queue and data of one rank, and the step that moves them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ..data import PairData, StepSampler
+from ..data.batch import Batch
+from ..deepspeed_config import build_deepspeed_config
+from ..masking import MaskContext, MaskPlan, MaskPolicy, build_policy
+from ..models import PretrainingModel, VisionLanguageModel
+from ..objectives import Keys, TeacherView, Terms, look
+from ..recipe import Recipe
+from ..teacher import FeatureQueue, Teacher, gather_features
+from .nonfinite import NonFiniteGuard
+from .optimizer import build_optimizer, learning_rate
+from .step import Schedule, compute_losses, fusion_rows
+
+PARTS = ("data", "teacher", "student", "backward", "optimizer", "ema")
+
+
+class Clock:
+    """Adds the time since its last lap to a named part of ``seconds``."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.last = seconds, time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
+
+
+class Pretrainer:
+    """One rank's share of a run.
+
+    :meth:`step` is one optimizer step on every rank. What it does depends only on the recipe, the number of the step
+    and the state that a checkpoint holds, so a resumed run continues as if nothing had happened.
+    """
+
+    def __init__(self, recipe: Recipe, data: PairData, rank: int, world_size: int, device: torch.device) -> None:
+        import deepspeed  # takes seconds; only a run needs it
+
+        self.recipe, self.data, self.rank, self.device = recipe, data, rank, device
+        training, model = recipe.training, recipe.model
+        torch.manual_seed(recipe.seed)  # the same initial weights on every rank
+        student = PretrainingModel(model, recipe.objectives, data.tokenizer.vocabulary_size, data.max_tokens)
+        mirror = VisionLanguageModel(model, data.tokenizer.vocabulary_size, data.max_tokens)
+        self.engine: Any = deepspeed.initialize(
+            model=student,
+            optimizer=build_optimizer(student, recipe.optimizer),
+            config=build_deepspeed_config(recipe, world_size, device.type),
+        )[0]
+        self.teacher = Teacher(self.engine, mirror, recipe.teacher.momentum, recipe.teacher.warmup)
+        self.queue = FeatureQueue(recipe.objectives.itc.queue_length, model.projection_width, device)
+        self.policy: MaskPolicy = build_policy(recipe.masking)
+        self.sampler = StepSampler(
+            data.train_size, training.batch_size, world_size, recipe.seed, training.accumulation_steps
+        )
+        self.guard = NonFiniteGuard(training.max_nonfinite)
+        self.next_step = 0
+        self.seconds: dict[str, float] = {}  # where the time went, by part, since the start
+        torch.manual_seed(recipe.seed + 1 + rank)  # from here on ranks draw their own dropout, negatives, corruption
+
+    def step(self) -> tuple[Terms, dict[str, float]]:
+        """Train on the next global batch. Collective.
+
+        Returns this rank's terms as scalar tensors, averaged over micro-batches and empty where the step was left out
+        for a loss that was not finite, and plain numbers that are the same on every rank.
+        """
+        recipe, step = self.recipe, self.next_step
+        schedule = Schedule.at(step, recipe)
+        lr = learning_rate(step, recipe)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        micro_batches = recipe.training.accumulation_steps
+        totals: Terms = {}
+        for indices in self.sampler.indices(step, self.rank).reshape(micro_batches, -1):
+            clock = Clock(self.seconds)
+            batch = self.data.train_batch(indices, self.sampler.epoch(step)).to(self.device)
+            clock.lap("data")
+            terms = self._micro_step(batch, schedule, clock)
+            if terms is None:  # one bad micro-batch spoils the whole step
+                totals = {}
+                break
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0.0) + value / micro_batches
+        self.next_step += 1
+        norm = self.engine.get_global_grad_norm()
+        return totals, {
+            "lr": lr,
+            "epoch": step * recipe.training.batch_size / self.data.train_size,
+            "gradient_norm": float(norm) if totals and norm is not None else float("nan"),
+            "skipped_steps": float(self.guard.skipped),
+        }
+
+    def _micro_step(self, batch: Batch, schedule: Schedule, clock: Clock) -> Terms | None:
+        recipe = self.recipe
+        rows = fusion_rows(len(batch), recipe.objectives, schedule)
+        with self.teacher.weights() as teacher:
+            view: TeacherView = teacher(lambda m: look(m, batch, self.policy, recipe.masking.layer, rows))
+        fresh = [gather_features(x) for x in (view.image_feature, view.text_feature, batch.group_id)]
+        keys = Keys(*fresh)
+        if schedule.queue:
+            queued = (self.queue.image, self.queue.text, self.queue.group_id)
+            keys = Keys(*(torch.cat(pair) for pair in zip(fresh, queued, strict=True)))
+        clock.lap("teacher")
+        mask_id = self.data.tokenizer.mask_id
+        loss, terms = self.engine(lambda m: compute_losses(m, batch, view, keys, recipe.objectives, schedule, mask_id))
+        clock.lap("student")
+        if not self.guard.accept(loss, batch.index, self.engine):
+            return None
+        self.engine.backward(loss)
+        clock.lap("backward")
+        self.engine.step()
+        clock.lap("optimizer")
+        self.teacher.follow()
+        self.queue.enqueue(*fresh)
+        clock.lap("ema")
+        return terms | _mask_measures(view, batch)
+
+    def plan_masks(self, statistics: Any, batch: Batch) -> MaskPlan:
+        """The run's policy, in the shape that evaluation asks for."""
+        return self.policy(MaskContext(statistics, batch.maskable))
+
+
+def _mask_measures(view: TeacherView, batch: Batch) -> Terms:
+    if view.plan is None:
+        return {}
+    words = batch.maskable[: len(view.plan.text)].sum().clamp(min=1)
+    return {
+        "image_mask_ratio": view.plan.image.float().mean(),
+        "text_mask_ratio": view.plan.text.sum() / words,
+        "masked_rows": view.plan.text.any(1).float().mean(),
+    }

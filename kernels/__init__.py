@@ -1,0 +1,17 @@
+"""Cross-attention that tells you where to mask: tensors in, tensors out."""
+
+from .cross_attention import AttentionStatistics, CrossAttentionOutput, cross_attention
+from .ema import ema_update_
+from .soft_contrastive import soft_contrastive
+from .soft_cross_entropy import soft_cross_entropy
+from .topk_mask import topk_mask
+
+__all__ = [
+    "AttentionStatistics",
+    "CrossAttentionOutput",
+    "cross_attention",
+    "ema_update_",
+    "soft_contrastive",
+    "soft_cross_entropy",
+    "topk_mask",
+]

@@ -1,0 +1,3 @@
+from .api import ema_update_
+
+__all__ = ["ema_update_"]

@@ -1,0 +1,3 @@
+from .api import soft_contrastive
+
+__all__ = ["soft_contrastive"]

@@ -1,0 +1,3 @@
+from .api import topk_mask
+
+__all__ = ["topk_mask"]

@@ -1,0 +1,1 @@
+"""Recipes that ship with crossmask: YAML runs and their DeepSpeed settings, as package data."""

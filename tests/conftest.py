@@ -1,0 +1,22 @@
+"""Settings every test runs under. They stand before torch is imported, because that is when they are read."""
+
+from __future__ import annotations
+
+import os
+
+for name, value in {
+    "OMP_NUM_THREADS": "1",  # small tensors, and tests that start several ranks
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "HF_HUB_OFFLINE": "1",  # a test that reaches for the network is a defect
+    "COLUMNS": "120",  # rich wraps the same everywhere
+}.items():
+    os.environ.setdefault(name, value)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

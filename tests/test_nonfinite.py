@@ -1,0 +1,57 @@
+"""Non-finite losses: skipped on all ranks as if never seen, counted, and too many in a row end the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import ranks
+
+from crossmask.engine.errors import NonFiniteLossError
+from crossmask.engine.training.nonfinite import NonFiniteGuard
+
+CASES = [(0, "fp32", 2), (1, "bf16", 2), (2, "bf16", 1), (2, "bf16", 2), (2, "fp32", 3), (3, "bf16", 2)]
+INDEX = torch.tensor([4, 9])
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    output = tmp_path_factory.mktemp("skip") / "seen"
+    for code, log in ranks.start("skip_steps.py", output, json.dumps(CASES)):
+        assert code == 0, log
+    return [json.loads(Path(f"{output}.{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", [" ".join(map(str, case)) for case in CASES])
+def test_a_skipped_step_leaves_no_trace(seen: list[dict[str, Any]], case: str) -> None:
+    for rank in seen:
+        with_bad, without = rank[case]
+        assert with_bad["weights"] == without["weights"]
+        assert (with_bad["updates"], with_bad["global_steps"]) == (3, 3)
+        assert (with_bad["skipped"], without["skipped"]) == (2, 0)
+
+
+def test_ranks_decide_together_and_name_the_bad_ranks_samples(seen: list[dict[str, Any]]) -> None:
+    assert seen[0]["guard"] == seen[1]["guard"]
+    assert seen[0]["guard"]["accepted"] == [False, True, False]
+    assert seen[0]["guard"]["skipped"] == 3
+    message = seen[0]["guard"]["message"]
+    assert message.startswith("the loss was not finite (nan) 2 steps in a row; samples of the last batch: 41, 51; ")
+
+
+def test_counts_and_stops_in_one_process() -> None:
+    guard = NonFiniteGuard(3, skipped=10)
+    bad, good = torch.tensor(float("nan")), torch.tensor(1.0, requires_grad=True)
+    assert [guard.accept(loss, INDEX) for loss in (bad, bad, good, bad, bad)] == [False, False, True, False, False]
+    assert (guard.skipped, guard.in_a_row) == (14, 2)
+    with pytest.raises(NonFiniteLossError, match="3 steps in a row; samples of the last batch: 4, 9;") as caught:
+        guard.accept(torch.tensor(float("inf")), INDEX)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_is_enough_where_the_recipe_says_so() -> None:
+    with pytest.raises(NonFiniteLossError, match=r"not finite \(nan\) once"):
+        NonFiniteGuard(1).accept(torch.tensor(float("nan")), INDEX)

@@ -1,0 +1,168 @@
+"""Whole runs through the real ``deepspeed`` launcher: two ranks, a model of a few thousand weights, sixty pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+CROSSMASK = [sys.executable, "-m", "crossmask.engine.cli"]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
+SHAPES = ("square", "bar", "frame", "corner", "dot")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Coloured shapes with captions, three pictures a caption."""
+    folder = tmp_path_factory.mktemp("pairs")
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(3 * len(COLOURS) * len(SHAPES)):
+        colour, shape = list(COLOURS)[i % 4], SHAPES[i // 4 % 5]
+        pixels = np.full((32, 32, 3), 255, np.uint8)
+        x, y = random.integers(2, 10, 2)
+        pixels[y : y + 16, x : x + (6 if shape == "bar" else 16)] = COLOURS[colour]
+        if shape == "frame":
+            pixels[y + 4 : y + 12, x + 4 : x + 12] = 255
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "caption": f"a {colour} {shape} on white paper"})
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tower = {"width": 32, "depth": 1, "heads": 2, "mlp_ratio": 2.0}
+    values = {
+        "name": "tiny",
+        "data": {"source": "pairs", "path": str(pairs / "pairs.jsonl"), "vocabulary_size": 64, "max_words": 8},
+        "model": {
+            "image": {"size": 32, "patch_size": 8, "stem": "conv", **tower},
+            "text": tower,
+            "fusion": {"depth": 2, "heads": 2, "mlp_ratio": 2.0},
+            "projection_width": 16,
+        },
+        "objectives": {"itc": {"queue_length": 50}},
+        "teacher": {"momentum": 0.9},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+        "training": {"max_steps": 8, "batch_size": 12, "checkpoint_every": 4, "log_every": 1, "evaluate_every": 4},
+        "evaluation": {"rerank": 4, "mask_samples": 16, "gallery_pairs": 2},
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run(*arguments: object, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    command = [*CROSSMASK, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def losses(folder: Path) -> dict[int, dict[str, Any]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wall = ("time_s", "samples_per_s", "memory_mb")
+    return {r["step"]: {k: v for k, v in r.items() if k not in wall} for r in records if r["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = run("train", recipe, "--output", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout + done.stderr
+
+
+def test_a_run_leaves_everything_a_person_needs(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    for name in ("recipe.yaml", "tokenizer.json", "metrics.jsonl", "evaluation.json", "gallery.json", "report.html"):
+        assert (folder / name).stat().st_size, name
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    assert list((folder / "tensorboard").iterdir())
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step-000008"
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["steps"] == 8
+    assert 0 <= evaluation["splits"]["held-out"]["i2t"]["r1"] <= 100
+    weights = load_file(folder / "export" / "teacher.safetensors")
+    assert "image.vit.cls_token" in weights
+    assert all(np.isfinite(w.float().numpy()).all() for w in weights.values())
+    assert "report.html" in printed
+    for noise in ("Warning", "WARNING", "[INFO]", "Traceback", "deprecated"):
+        assert noise not in printed, printed
+
+
+def test_every_objective_is_on_and_its_loss_is_a_number(finished: tuple[Path, str]) -> None:
+    steps = losses(finished[0])
+    assert sorted(steps) == list(range(1, 9))
+    for record in steps.values():
+        for name in ("loss", "itc", "itm", "mlm", "mim"):
+            assert np.isfinite(record[name]), (name, record)
+            assert record[name] > 0, (name, record)
+        assert record["image_mask_ratio"] == pytest.approx(0.5)
+        assert 0 < record["text_mask_ratio"] < 0.5
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "step-000008")
+    (folder / "checkpoints" / "latest").write_text("step-000004")
+    whole = losses(folder)
+    done = run("train", "--resume", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(folder) == whole
+    first = load_file(finished[0] / "export" / "teacher.safetensors")
+    second = load_file(folder / "export" / "teacher.safetensors")
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_rank_with_a_checkpoint(recipe: Path, tmp_path: Path, number: int) -> None:
+    folder = tmp_path / "stopped"
+    command = [*CROSSMASK, "train", str(recipe), "--output", str(folder), "training.max_steps=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count('"train"') > 3):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(number)
+    sent = time.monotonic()
+    printed, _ = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 30
+    assert process.returncode == 130, printed
+    assert "--resume" in printed
+    assert "Traceback" not in printed, printed
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert (folder / "checkpoints" / "latest").read_text().strip() == f"step-{status['step']:06d}"
+    time.sleep(1)
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+    assert not left, left
+
+
+def test_torchrun_starts_the_same_job(recipe: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "torchrun"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29871"]
+    command += ["-m", "crossmask.engine.train", str(recipe), "--output", str(folder)]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(folder) == losses(finished[0])
