@@ -93,11 +93,19 @@ def doctor() -> int:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    pictures: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Also write curves.png, retrieval.png and masks.png there."),
+    ] = None,
+) -> None:
     """Rebuild a run's report.html and print where it is."""
-    from .evaluation.report import build_report
+    from .evaluation.report import build_report, save_pictures
 
     typer.echo(build_report(run))
+    for picture in save_pictures(run, pictures) if pictures else []:
+        typer.echo(picture)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from crossmask.engine.evaluation.masks import (
     attention_maps,
     mask_measures,
     patch_coverage,
+    rows_of,
     visible_words,
 )
 from crossmask.engine.masking import MaskContext, MaskPlan, build_policy
@@ -178,8 +179,8 @@ class ToyData:
         from test_retrieval import Split
 
         class Scenes(Split):
-            def images(self, batch_size: int) -> Any:
-                yield toy(len(self.image_group_id))
+            def take(self, rows: Any) -> Batch:
+                return rows_of(toy(len(self.image_group_id)), rows)
 
         self.splits, self.with_scenes = {"a": Scenes(list(range(16)), list(range(16)))}, scenes
 

@@ -43,13 +43,33 @@ def test_ranks_decide_together_and_name_the_bad_ranks_samples(seen: list[dict[st
 
 
 def test_counts_and_stops_in_one_process() -> None:
-    guard = NonFiniteGuard(3, skipped=10)
+    guard = NonFiniteGuard(3, name_of=lambda i: f"pairs.jsonl line {i + 1}")
+    guard.skipped = 10  # as restored from a checkpoint
     bad, good = torch.tensor(float("nan")), torch.tensor(1.0, requires_grad=True)
-    assert [guard.accept(loss, INDEX) for loss in (bad, bad, good, bad, bad)] == [False, False, True, False, False]
+    assert [guard.accept(loss, INDEX) for loss in (bad, bad, good)] == [False, False, True]
+    guard.stepped(True, INDEX)
+    assert [guard.accept(loss, INDEX) for loss in (bad, bad)] == [False, False]
     assert (guard.skipped, guard.in_a_row) == (14, 2)
-    with pytest.raises(NonFiniteLossError, match="3 steps in a row; samples of the last batch: 4, 9;") as caught:
+    samples = r"samples of the last batch: 4 \(pairs.jsonl line 5\), 9 \(pairs.jsonl line 10\);"
+    with pytest.raises(NonFiniteLossError, match=f"3 steps in a row; {samples}") as caught:
         guard.accept(torch.tensor(float("inf")), INDEX)
     assert "\n" not in str(caught.value)
+
+
+def test_a_good_micro_batch_does_not_excuse_a_step_that_was_left_out() -> None:
+    guard = NonFiniteGuard(2)
+    bad, good = torch.tensor(float("nan")), torch.tensor(1.0)
+    assert [guard.accept(loss, INDEX) for loss in (good, bad, good)] == [True, False, True]
+    with pytest.raises(NonFiniteLossError, match="2 steps in a row"):
+        guard.accept(bad, INDEX)
+
+
+def test_a_step_left_out_for_its_gradient_counts() -> None:
+    guard = NonFiniteGuard(2)
+    guard.stepped(False, INDEX)
+    assert (guard.skipped, guard.in_a_row) == (1, 1)
+    with pytest.raises(NonFiniteLossError, match="gradient was not finite 2 steps in a row; samples"):
+        guard.stepped(False, INDEX)
 
 
 def test_one_is_enough_where_the_recipe_says_so() -> None:

@@ -167,7 +167,7 @@ def test_summary_fits_eighty_columns_and_has_every_number() -> None:
     print_summary(evaluation(), Console(file=stream, width=80))
     out = stream.getvalue()
     assert all(len(line) <= 80 for line in out.splitlines())
-    for words in ("38.6", "58.6", "68.6", "37.1", "0.06", "41.2 (from 38.0)", "40.2", "ITM loss 0.510", "81.0 %"):
+    for words in ("38.6", "58.6", "68.6", "37.1", "0.06", "41.2 (+3.2)", "40.2 (+3.1)", "ITM loss 0.510", "81.0 %"):
         assert words in out, words
     print_summary({}, Console(file=stream, width=80))
 

@@ -164,12 +164,11 @@ class Split(EvaluationSplit):
         mask = torch.arange(length).expand(len(group), -1) < 3
         return CaptionBatch(token_ids, mask, mask, group, torch.arange(start, start + len(group)))
 
-    def images(self, batch_size: int) -> Iterator[Batch]:
-        for start in range(0, self.image_count, batch_size):
-            group = torch.from_numpy(self.image_group_id[start : start + batch_size])
-            text = self._text(group, start)
-            images = group.float()[:, None, None, None].expand(-1, 3, 4, 4)
-            yield Batch(images, text.token_ids, text.token_mask, text.maskable, group, text.index)
+    def take(self, rows: np.ndarray) -> Batch:
+        group = torch.from_numpy(self.image_group_id[rows])
+        text = self._text(group, int(rows[0]))
+        images = group.float()[:, None, None, None].expand(-1, 3, 4, 4)
+        return Batch(images, text.token_ids, text.token_mask, text.maskable, group, torch.from_numpy(rows))
 
     def gallery(self, batch_size: int) -> Iterator[CaptionBatch]:
         for start in range(0, self.caption_count, batch_size):

@@ -60,7 +60,7 @@ def recipe(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "objectives": {"itc": {"queue_length": 50}},
         "teacher": {"momentum": 0.9},
         "optimizer": {"lr": 1e-3, "warmup_steps": 2},
-        "training": {"max_steps": 8, "batch_size": 12, "checkpoint_every": 4, "log_every": 1, "evaluate_every": 4},
+        "training": {"max_steps": 8, "batch_size": 12, "checkpoint_every": 4, "log_every": 3, "evaluate_every": 4},
         "evaluation": {"rerank": 4, "mask_samples": 16, "gallery_pairs": 2},
         "deepspeed": {"zero_optimization": {"stage": 2}},
     }
@@ -109,7 +109,7 @@ def test_a_run_leaves_everything_a_person_needs(finished: tuple[Path, str]) -> N
 
 def test_every_objective_is_on_and_its_loss_is_a_number(finished: tuple[Path, str]) -> None:
     steps = losses(finished[0])
-    assert sorted(steps) == list(range(1, 9))
+    assert sorted(steps) == [3, 6, 8]
     for record in steps.values():
         for name in ("loss", "itc", "itm", "mlm", "mim"):
             assert np.isfinite(record[name]), (name, record)
@@ -139,7 +139,7 @@ def test_a_signal_ends_every_rank_with_a_checkpoint(recipe: Path, tmp_path: Path
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count('"train"') > 3):
+    while not (metrics.is_file() and metrics.read_text().count('"train"') > 1):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -156,6 +156,18 @@ def test_a_signal_ends_every_rank_with_a_checkpoint(recipe: Path, tmp_path: Path
     time.sleep(1)
     left = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
     assert not left, left
+
+
+def test_sharding_the_weights_changes_nothing_but_rounding(
+    recipe: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    """ZeRO-3 keeps student and teacher in shards, and gathers them only inside a forward pass."""
+    done = run("train", recipe, "--output", tmp_path / "run", "deepspeed.zero_optimization.stage=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, sharded = losses(finished[0]), losses(tmp_path / "run")
+    for name in ("itc", "mim"):  # smooth in the weights; ITM and MLM draw negatives and masks
+        assert sharded[3][name] == pytest.approx(whole[3][name], rel=0.05)
+        assert sharded[8][name] == pytest.approx(whole[8][name], rel=0.1)
 
 
 def test_torchrun_starts_the_same_job(recipe: Path, finished: tuple[Path, str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -59,8 +60,13 @@ class EvaluationSplit(ABC):
         return f"{self.title}: {self.image_count} images, {self.caption_count} captions"
 
     @abstractmethod
+    def take(self, rows: np.ndarray) -> Batch:
+        """The images at some positions of the split, (N,) int64, without augmentation, each with one caption."""
+
     def images(self, batch_size: int) -> Iterator[Batch]:
-        """Every image once, without augmentation, each with one caption; ``index`` is the position in the split."""
+        """Every image once, in order; ``index`` is the position in the split."""
+        for start in range(0, self.image_count, batch_size):
+            yield self.take(np.arange(start, min(start + batch_size, self.image_count)))
 
     @abstractmethod
     def gallery(self, batch_size: int) -> Iterator[CaptionBatch]:
@@ -86,6 +92,16 @@ class PairData(ABC):
     def scene_batch(self, split: str, count: int, seed: int) -> Batch | None:
         """``count`` composed scenes of held-out drawings with their truth, or None where a source has none."""
         return None
+
+    @abstractmethod
+    def name_of(self, index: int) -> str:
+        """Training sample ``index`` in words that its owner can look up."""
+
+    def fingerprint(self) -> str:
+        """Changes when the training samples, their order or their vocabulary do: a resumed run must find the same."""
+        digest = hashlib.sha256(self.tokenizer.to_json().encode())
+        digest.update(np.ascontiguousarray(self.train_group_id, np.int64).tobytes())
+        return digest.hexdigest()
 
     @abstractmethod
     def describe(self) -> dict[str, object]:

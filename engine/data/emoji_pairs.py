@@ -32,10 +32,8 @@ class EmojiSplit(EvaluationSplit):
         flags = np.array([c.is_flag for c in data.art.captions])
         self.image_is_flag, self.gallery_is_flag = flags[self.image_group_id], flags[captions]
 
-    def images(self, batch_size: int) -> Iterator[Batch]:
-        for start in range(0, len(self.drawings), batch_size):
-            index = np.arange(start, min(start + batch_size, len(self.drawings)))
-            yield self._data.plain_batch(self.drawings[index], index)
+    def take(self, rows: np.ndarray) -> Batch:
+        return self._data.plain_batch(self.drawings[rows], np.asarray(rows, np.int64))
 
     def gallery(self, batch_size: int) -> Iterator[CaptionBatch]:
         table = self._data.table
@@ -84,6 +82,10 @@ class EmojiPairs(PairData):
         fresh = len(self.art.captions) + epoch * self.train_size + indices
         group = np.where(scene, fresh, self.train_group_id[indices])
         return self._compose(self.train[indices], self.train, scene, draws, group, self.section.augment, truth)
+
+    def name_of(self, index: int) -> str:
+        row = self.train[index]
+        return f"{self.art.captions[self.art.caption[row]].name} by {self.art.styles[self.art.style[row]]}"
 
     def scene_batch(self, split: str, count: int, seed: int) -> Batch:
         """Scenes of one split's drawings only, upright and uncoloured on white; ``index`` counts from 0."""

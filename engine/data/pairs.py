@@ -7,6 +7,7 @@ Optional columns: ``group`` (pairs that are true matches of one another; without
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import warnings
@@ -214,6 +215,14 @@ class FilePairs(PairData):
             batch = Batch(batch.images, texts.token_ids, texts.token_mask, texts.maskable, batch.group_id, batch.index)
         return batch
 
+    def name_of(self, index: int) -> str:
+        assert self.section.path is not None
+        return f"{self.section.path.name} line {self.pairs[self.train[index]].line}"
+
+    def fingerprint(self) -> str:
+        images = "\n".join(str(self.pairs[row].image) for row in self.train.tolist())
+        return hashlib.sha256((super().fingerprint() + images).encode()).hexdigest()
+
     def describe(self) -> dict[str, object]:
         return {
             "source": f"pairs: {self.section.path}",
@@ -301,10 +310,8 @@ class FileSplit(EvaluationSplit):
         self.image_is_flag = np.zeros(len(rows), bool)
         self.gallery_is_flag = np.zeros(len(self._captions), bool)
 
-    def images(self, batch_size: int) -> Iterator[Batch]:
-        for start in range(0, len(self.rows), batch_size):
-            rows = self.rows[start : start + batch_size]
-            yield self._data.load(rows, np.arange(start, start + len(rows)), None)
+    def take(self, rows: np.ndarray) -> Batch:
+        return self._data.load(self.rows[rows], np.asarray(rows, np.int64), None)
 
     def gallery(self, batch_size: int) -> Iterator[CaptionBatch]:
         table = self._data.table

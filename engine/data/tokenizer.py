@@ -109,6 +109,10 @@ class CaptionTokenizer:
         kept = [w for w in self.words(token_ids) if w not in ("[PAD]", "[CLS]", "[SEP]")]
         return re.sub(r" ##", "", " ".join(kept))
 
+    def to_json(self) -> str:
+        """The whole tokenizer in the `tokenizers` format."""
+        return str(self._tokenizer.to_str())
+
     def save(self, path: Path) -> None:
         """Write ``tokenizer.json`` in the `tokenizers` format: whole or not at all."""
         part = path.with_name(path.name + ".part")

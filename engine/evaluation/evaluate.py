@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ..data.base import EvaluationSplit, PairData
 from ..data.batch import Batch
@@ -80,20 +77,8 @@ def evaluate(
 def sample(split: EvaluationSplit, count: int, seed: int) -> Batch:
     """At most ``count`` pairs of a split, in a fixed random order, as one batch. The order matters: neighbours in a
     source resemble one another, and hard negatives are drawn among the pairs of a batch."""
-    batches = list(split.images(256))
-    order = torch.randperm(sum(len(b) for b in batches), generator=torch.Generator().manual_seed(seed))
-    length = max(b.token_ids.shape[1] for b in batches)
-    joined: dict[str, Tensor | None] = {}
-    for f in fields(Batch):
-        parts = [getattr(b, f.name) for b in batches]
-        if any(p is None for p in parts):
-            joined[f.name] = None
-            continue
-        if f.name in ("token_ids", "token_mask", "maskable", "words"):
-            # The pad id is free here: what token_mask hides is never read.
-            parts = [F.pad(p, (0, length - p.shape[1])) for p in parts]
-        joined[f.name] = torch.cat(parts)[order[:count]]
-    return Batch(**joined)  # type: ignore[arg-type]
+    order = torch.randperm(split.image_count, generator=torch.Generator().manual_seed(seed))
+    return split.take(order[:count].numpy())
 
 
 def _matching(model: Any, batch: Batch, temperature: float, device: torch.device | str, seed: int) -> dict[str, float]:

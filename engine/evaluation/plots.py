@@ -250,7 +250,7 @@ def _draw_retrieval(ax: Axes, splits: Mapping[str, Any], cut: str) -> None:
             reranked = (split.get("reranked") or {}).get(direction)
             bars = [("ITC features", plain, "c1")]
             if reranked:
-                bars.append(("re-ranked by ITM", reranked[cut], "c2"))
+                bars.append(("ITC + ITM on the leading ones", reranked[cut], "c2"))
             for i, (label, value, colour) in enumerate(bars):
                 x = centre + (i - (len(bars) - 1) / 2) * width
                 ax.bar(x, value, width * 0.92, color=COLOURS[colour], label=label if not ticks else None)

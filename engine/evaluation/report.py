@@ -124,8 +124,19 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("precision", str(training.get("precision", ""))),
         ("objectives", " + ".join(on) if objectives else ""),
         ("masks", str(run.recipe.get("masking", {}).get("policy", ""))),
+        ("time", _time_shares(run.evaluation.get("seconds_by_part") or {})),
     ]
     return [(k, v) for k, v in facts if v]
+
+
+def _time_shares(seconds: Mapping[str, float]) -> str:
+    """Where the wall time of training went, in words."""
+    total = sum(seconds.values())
+    if not total:
+        return ""
+    shares = {"model": sum(seconds.get(part, 0.0) for part in ("teacher", "student", "backward", "optimizer"))}
+    shares |= {part: seconds.get(part, 0.0) for part in ("data", "ema", "logging", "probes", "checkpoints")}
+    return ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in shares.items())
 
 
 def _cards(run: Run) -> list[dict[str, Any]]:
@@ -134,7 +145,7 @@ def _cards(run: Run) -> list[dict[str, Any]]:
         r1, luck = split["i2t"]["r1"], split["chance_r1"]
         best, how = r1, "features alone"
         if split.get("reranked") and split["reranked"]["i2t"]["r1"] > r1:
-            best, how = split["reranked"]["i2t"]["r1"], f"re-ranked, {r1:.1f} % without"
+            best, how = split["reranked"]["i2t"]["r1"], f"ITC with ITM, {r1:.1f} % by ITC alone"
         cards.append(
             {
                 "title": f"({name}) {split['title']}",
@@ -224,9 +235,9 @@ def _rows(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
             kinds: list[tuple[str, Any]] = [("ITC features", split[direction])]
             reranked = split.get("reranked")
             if reranked:
-                kinds.append((f"top {reranked.get('candidates', '')} re-ranked", reranked[direction]))
+                kinds.append((f"top {reranked.get('candidates', '')} by ITC and ITM", reranked[direction]))
                 if "itm" in reranked:
-                    kinds.append(("ordered by ITM alone", reranked["itm"][direction]))
+                    kinds.append(("the same by ITM alone", reranked["itm"][direction]))
             if split.get("without_flags"):
                 kinds.append(("without flags", split["without_flags"][direction]))
             if split.get("chance"):

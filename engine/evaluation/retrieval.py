@@ -98,32 +98,29 @@ def match_scores(
 ) -> Tensor:  # fmt: skip
     """ITM log-odds (N,) of image–caption ``pairs`` (N, 2), each an image's and a caption's position in the split.
 
-    Images are encoded again batch by batch and their keys and values projected once, however many captions each meets;
+    The images among them are encoded again and their keys and values projected once, however many captions each meets;
     within a batch pairs go in order of caption length, so that little padding is computed.
     """
     scores = torch.empty(len(pairs))
     lengths = embedded.token_mask.sum(1).cpu()
     order = torch.argsort(pairs[:, 0], stable=True)
-    sorted_images = pairs[order, 0].contiguous()
-    first = 0
-    for batch in split.images(batch_size):
-        last = first + len(batch)
-        low, high = torch.searchsorted(sorted_images, torch.tensor([first, last])).tolist()
-        mine = order[low:high]
-        if len(mine):
-            image = model.project_image(model.encode_image(batch.images.to(device)).tokens)
-            mine = mine[torch.argsort(lengths[pairs[mine, 1]])]
-            for part in mine.split(CHUNK):
-                which, caption = (pairs[part, 0] - first).to(device), pairs[part, 1].to(device)
-                length = int(lengths[pairs[part, 1]].max())
-                mask = embedded.token_mask[caption, :length]
-                fused = model.fuse(
-                    embedded.text_tokens[caption, :length], mask, [(k[which], v[which]) for k, v in image]
-                )
-                logits = model.match_logits(fused.tokens, mask)
-                scores[part] = (logits[:, 1] - logits[:, 0]).float().cpu()
-        first = last
+    images, counts = torch.unique(pairs[:, 0], return_counts=True)
+    for rows, mine in zip(images.split(batch_size), order.split(_sums(counts, batch_size)), strict=True):
+        image = model.project_image(model.encode_image(split.take(rows.numpy()).images.to(device)).tokens)
+        mine = mine[torch.argsort(lengths[pairs[mine, 1]])]
+        for part in mine.split(CHUNK):
+            which = torch.searchsorted(rows, pairs[part, 0]).to(device)
+            caption = pairs[part, 1].to(device)
+            length = int(lengths[pairs[part, 1]].max())
+            mask = embedded.token_mask[caption, :length]
+            fused = model.fuse(embedded.text_tokens[caption, :length], mask, [(k[which], v[which]) for k, v in image])
+            logits = model.match_logits(fused.tokens, mask)
+            scores[part] = (logits[:, 1] - logits[:, 0]).float().cpu()
     return scores
+
+
+def _sums(counts: Tensor, size: int) -> list[int]:
+    return [int(part.sum()) for part in counts.split(size)]
 
 
 def reranked_ranks(rank: Tensor, scores: Tensor, right: Tensor) -> Tensor:

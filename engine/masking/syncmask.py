@@ -15,8 +15,9 @@ class SyncMask:
 
     SyncMask (Song et al., CVPR 2024): w_img is the mean over heads and words of the softmax over patches, w_txt the
     mean over heads and patches of the softmax over words; the top ``image_ratio`` and ``text_ratio`` of them are
-    hidden, where they exceed the thresholds. The reduction over heads and the rounding are a reconstruction: the
-    paper does not state them.
+    hidden, where they exceed the thresholds. A reconstruction, where the paper does not say: the reduction over heads,
+    the rounding, and that only words that may be masked count, in both means and in the softmax over words; special
+    tokens and function words would otherwise draw much of it.
     """
 
     def __init__(self, section: MaskingSection) -> None:

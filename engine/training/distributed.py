@@ -7,12 +7,17 @@ import socket
 import sys
 import warnings
 from contextlib import suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ..errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+# Longest wait for another rank: rank 0 evaluates alone, and that may take long on a large held-out set.
+PATIENCE = timedelta(hours=2)
 
 
 class World(NamedTuple):
@@ -60,7 +65,7 @@ def init_distributed() -> World:
         # DeepSpeed would compile its shared-memory all-reduce here (a minute and a half; it serves inference only)
         # and print that it did. This table is where it looks up which of its operators can be built.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    deepspeed.init_distributed("nccl" if gpus else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed("nccl" if gpus else "gloo", timeout=PATIENCE, auto_mpi_discovery=False, verbose=False)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 

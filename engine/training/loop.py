@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,22 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from crossmask.kernels import native
+
 from ..data import load_data
+from ..errors import CheckpointError
 from ..evaluation import build_report, describe_machine, evaluate, print_summary, write_gallery
 from ..failures import EXIT_STOPPED
 from ..masking import build_policy
 from ..objectives import Terms
 from ..recipe import Recipe
 from ..recipe_files import dump_recipe
-from .checkpoint import CheckpointManager
+from .agreement import any_rank
+from .checkpoint import CheckpointManager, CheckpointState
 from .display import TrainingDisplay, quiet
 from .distributed import init_distributed
 from .metrics import MetricWriter
-from .pretrainer import PARTS, Pretrainer
+from .pretrainer import Clock, Pretrainer
 from .signals import StopRequest
 
 
@@ -47,6 +52,10 @@ def train(recipe: Recipe, run_dir: Path, resume: bool) -> int:
         return run.go(stop, resume)
 
 
+class _Stopped(Exception):
+    """Asked to stop while rank 0 measures what is already trained and saved."""
+
+
 class Run:
     """The loop around a :class:`Pretrainer`: what is written, shown, saved and measured, and when."""
 
@@ -65,11 +74,7 @@ class Run:
         messages: list[str] = []
         checkpoints = CheckpointManager(self.run_dir, recipe.training.keep_checkpoints, warn=messages.append)
         if resume:
-            state = checkpoints.load(pretrainer.engine, pretrainer.teacher, pretrainer.queue)
-            pretrainer.next_step = state.step
-            pretrainer.guard.skipped = int(state.extra["skipped_steps"])
-            self.trained_s = float(state.extra["trained_s"])
-            self.temperature = float(state.extra["temperature"])
+            self._restore(checkpoints.load(pretrainer.engine, pretrainer.teacher, pretrainer.queue))
         elif self.first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             _write(self.run_dir / "recipe.yaml", dump_recipe(recipe))
@@ -93,6 +98,9 @@ class Run:
                     run_dir=self.run_dir,
                 )
             )
+            missing = native.status().missing(pretrainer.device.type)
+            if missing:
+                messages.append(f"the teacher follows by plain PyTorch, which is slower: {missing}")
             for message in messages:
                 self.display.message(message)
             self.started = time.perf_counter()
@@ -100,7 +108,10 @@ class Run:
                 if self._train(stop, checkpoints):
                     self._status("stopped", stop.reason or "asked to stop on another rank")
                     return EXIT_STOPPED
-                evaluation = self._finish()
+                evaluation = self._finish(stop)
+                if evaluation is None:
+                    self._status("stopped", "stopped while the finished model was being evaluated")
+                    return EXIT_STOPPED
                 self._status("finished")
                 if self.first:
                     self.display.status("drawing the report")
@@ -109,7 +120,8 @@ class Run:
                 self._status("failed", f"{error}" or type(error).__name__)
                 raise
         if self.first:
-            print_summary(evaluation)
+            if evaluation["splits"]:
+                print_summary(evaluation)
             print(f"\nreport: {self.run_dir / 'report.html'}", flush=True)
         return 0
 
@@ -125,41 +137,67 @@ class Run:
             terms, numbers = pretrainer.step()
             step = pretrainer.next_step
             last = step == training.max_steps
+            clock = Clock(pretrainer.seconds)
             self._count(terms)
             if step % training.log_every == 0 or last:
                 now = time.perf_counter()
                 numbers["samples_per_s"] = (step - logged) * training.batch_size / (now - since)
                 self._log(step, numbers)
                 since, logged = now, step
-            if every and step % every == 0:
-                before = time.perf_counter()
-                self._probe()
-                since += time.perf_counter() - before  # a look at held-out data is not training
             stopping = stop.agree()
+            before = clock.lap("logging")
+            if every and step % every == 0:
+                self._probe()
+                clock.lap("probes")
             if stopping or last or step % training.checkpoint_every == 0:
                 if step > saved:
                     self._save(checkpoints, step)
                     saved = step
                 if stopping and not last:
                     return True
+            since += clock.lap("checkpoints") - before  # neither is training
         return False
 
     def _save(self, checkpoints: CheckpointManager, step: int) -> None:
         p = self.pretrainer
-        extra = {"trained_s": self._elapsed(), "skipped_steps": p.guard.skipped, "temperature": self.temperature}
+        mine = {name: (value.item(), self.counts[name]) for name, value in self.sums.items()}
+        unlogged: list[Any] = [mine] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(unlogged, mine)
+        extra = {
+            "data": p.data.fingerprint(),
+            "skipped_steps": p.guard.skipped,
+            "skipped_in_a_row": p.guard.in_a_row,
+            "temperature": self.temperature,
+            "trained_s": self._elapsed(),
+            "unlogged": unlogged,  # what each rank has summed since the last record
+        }
         path = checkpoints.save(step, p.engine, p.teacher, p.queue, extra)
         self.display.message(f"checkpoint {path.name} saved")
 
+    def _restore(self, state: CheckpointState) -> None:
+        p, extra = self.pretrainer, state.extra
+        if extra["data"] != p.data.fingerprint():
+            raise CheckpointError(
+                f"{self.run_dir}: the training data are not those the run began with; restore them or start a new run"
+            )
+        p.next_step = state.step
+        p.guard.skipped, p.guard.in_a_row = int(extra["skipped_steps"]), int(extra["skipped_in_a_row"])
+        self.trained_s, self.temperature = float(extra["trained_s"]), float(extra["temperature"])
+        for name, (value, count) in extra["unlogged"][self.rank].items():
+            self.sums[name] = torch.tensor(value, dtype=torch.float64)
+            self.counts[name] = int(count)
+
     def _count(self, terms: Terms) -> None:
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.float()
+            self.sums[name] = self.sums.get(name, 0.0) + value.double()
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def _log(self, step: int, numbers: dict[str, float]) -> None:
         """One record: terms averaged over the steps since the last record and over ranks."""
         names = sorted(self.sums)  # the same on every rank: what a step computes depends on the step alone
         if names:
-            mean = torch.stack([self.sums[n].double() / self.counts[n] for n in names])
+            mean = torch.stack([self.sums[n].to(self.pretrainer.device) / self.counts[n] for n in names])
             if self.world_size > 1:
                 dist.all_reduce(mean)
             numbers |= dict(zip(names, (mean / self.world_size).tolist(), strict=True))
@@ -171,50 +209,61 @@ class Run:
             self.display.update(step, numbers)
 
     def _probe(self) -> None:
+        if not self.pretrainer.data.splits:
+            return
         with self.pretrainer.teacher.weights() as teacher:
             if self.writer is not None:
                 self.display.status("looking at held-out data")
                 self.writer.probe(self.pretrainer.next_step, self._evaluate(teacher, full=False))
                 self.display.status(None)
 
-    def _evaluate(self, teacher: Any, full: bool) -> dict[str, Any]:
+    def _evaluate(
+        self, teacher: Any, full: bool, progress: Callable[[str], None] = lambda text: None
+    ) -> dict[str, Any]:
         p = self.pretrainer
         return evaluate(
-            teacher,
-            p.data,
-            p.plan_masks,
-            self.recipe,
-            p.device,
-            full,
-            temperature=self.temperature,
-            progress=lambda text: self.display.status(f"evaluating: {text}") if full else None,
+            teacher, p.data, p.plan_masks, self.recipe, p.device, full, temperature=self.temperature, progress=progress
         )
 
-    def _finish(self) -> dict[str, Any]:
-        """Final evaluation and export. Collective; the result is rank 0's."""
-        p, minutes = self.pretrainer, self._elapsed() / 60
-        evaluation: dict[str, Any] = {}
+    def _finish(self, stop: StopRequest) -> dict[str, Any] | None:
+        """Export, final evaluation, masked pairs. Collective; None on every rank when asked to stop meanwhile."""
+        p = self.pretrainer
         tensors = p.teacher.state_dict()
-        with p.teacher.weights() as teacher:
-            if self.first:
-                evaluation = self._evaluate(teacher, full=True)
-                evaluation |= {
-                    "machine": describe_machine(self.world_size),
-                    "steps": p.next_step,
-                    "minutes": minutes,
-                    "seconds_by_part": {part: round(p.seconds.get(part, 0.0), 3) for part in PARTS},
-                }
-                _write(self.run_dir / "evaluation.json", json.dumps(evaluation, indent=1))
-                self.display.status("drawing masked pairs")
-                write_gallery(self.run_dir, teacher, p.data, p.plan_masks, self.recipe, p.device)
         if self.first:
             folder = self.run_dir / "export"
             folder.mkdir(exist_ok=True)
             save_file(tensors, folder / "teacher.safetensors.part")
             os.replace(folder / "teacher.safetensors.part", folder / "teacher.safetensors")
-        if self.world_size > 1:
-            dist.barrier()  # nobody leaves while rank 0 still measures
-        return evaluation
+        result: dict[str, Any] | None = {"splits": {}}
+        with p.teacher.weights() as teacher:
+            if self.first:
+                try:
+                    result = self._measure(teacher, stop)
+                except _Stopped:
+                    result = None
+            # Nobody leaves while rank 0 still measures.
+            return None if any_rank(result is None) else result
+
+    def _measure(self, teacher: Any, stop: StopRequest) -> dict[str, Any]:
+        def progress(text: str) -> None:
+            if stop.requested:
+                raise _Stopped
+            self.display.status(f"evaluating: {text}")
+
+        p, minutes = self.pretrainer, self._elapsed() / 60
+        measured: dict[str, Any] = {"splits": {}, "seed": self.recipe.seed}
+        if p.data.splits:
+            measured = self._evaluate(teacher, True, progress)
+        else:
+            self.display.message("nothing was held out (data.validation_fraction is 0), so nothing is evaluated")
+        measured |= {"machine": describe_machine(self.world_size), "steps": p.next_step, "minutes": minutes}
+        if p.device.type == "cpu":  # elsewhere the host's clock does not see where the device spends its time
+            measured["seconds_by_part"] = {part: round(seconds, 3) for part, seconds in p.seconds.items()}
+        _write(self.run_dir / "evaluation.json", json.dumps(measured, indent=1))
+        if p.data.splits:
+            progress("drawing masked pairs")
+            write_gallery(self.run_dir, teacher, p.data, p.plan_masks, self.recipe, p.device)
+        return measured
 
     def _elapsed(self) -> float:
         return self.trained_s + time.perf_counter() - self.started

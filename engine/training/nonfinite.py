@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ class NonFiniteGuard:
     """Decides before each backward, for all ranks together, whether the loss may be used.
 
     >>> if not guard.accept(loss, batch.index, engine):
-    ...     continue            # no backward, no engine.step, no teacher update, nothing into the queue
+    ...     return              # no backward, no engine.step, no teacher update, nothing into the queue
     >>> engine.backward(loss); engine.step()
+    >>> guard.stepped(engine.was_step_applied(), batch.index)       # at the last micro-batch of a step
     """
 
-    def __init__(self, max_in_a_row: int, skipped: int = 0) -> None:
-        """``max_in_a_row``: the so-manieth non-finite loss in a row raises. ``skipped``: the count so far (resume)."""
-        self.max_in_a_row, self.skipped, self.in_a_row = max_in_a_row, skipped, 0
+    def __init__(self, max_in_a_row: int, name_of: Callable[[int], str] | None = None) -> None:
+        """``max_in_a_row``: the so-manieth step left out in a row raises. ``name_of``: a sample's index in words."""
+        self.max_in_a_row, self.name_of = max_in_a_row, name_of
+        self.skipped = self.in_a_row = 0  # steps left out, so far and since the last good one
 
     def accept(self, loss: Tensor, index: Tensor, engine: Any | None = None) -> bool:
         """True where the scalar ``loss`` is finite on every rank. Collective; one number travels.
@@ -35,26 +38,39 @@ class NonFiniteGuard:
         """
         bad = ~torch.isfinite(loss.detach()).all()
         if not any_rank(bad):
-            self.in_a_row = 0
             return True
-        self.skipped += 1
-        self.in_a_row += 1
         if engine is not None:
             discard_gradients(engine)
-        if self.in_a_row >= self.max_in_a_row:
-            raise NonFiniteLossError(self._message(float(loss.detach()), bool(bad), index))
+        self._left_out(f"loss was not finite ({float(loss.detach())})", bool(bad), index)
         return False
 
-    def _message(self, loss: float, bad: bool, index: Tensor) -> str:
-        mine = (loss, [int(i) for i in index]) if bad else None
-        everyone: list[tuple[float, list[int]] | None] = [mine]
+    def stepped(self, applied: bool, index: Tensor) -> None:
+        """After a step's last ``engine.step()``. Collective where it was not applied: DeepSpeed leaves out a step whose
+        gradients overflowed although the loss was finite, the same on every rank."""
+        if applied:
+            self.in_a_row = 0
+        else:
+            self._left_out("gradient was not finite", True, index)
+
+    def _left_out(self, what: str, mine: bool, index: Tensor) -> None:
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.max_in_a_row:
+            raise NonFiniteLossError(self._message(what, mine, index))
+
+    def _message(self, what: str, bad: bool, index: Tensor) -> str:
+        mine = (what, [self._name(int(i)) for i in index]) if bad else None
+        everyone: list[tuple[str, list[str]] | None] = [mine]
         if world_size() > 1:
             everyone = [None] * world_size()
             dist.all_gather_object(everyone, mine)
         found = [entry for entry in everyone if entry is not None]
-        samples = ", ".join(str(i) for _, indices in found for i in indices)
+        samples = ", ".join(name for _, names in found for name in names)
         times = "once" if self.in_a_row == 1 else f"{self.in_a_row} steps in a row"
         return (
-            f"the loss was not finite ({found[0][0]}) {times}; samples of the last batch: {samples}; "
+            f"the {found[0][0]} {times}; samples of the last batch: {samples}; "
             "look at these samples, or lower optimizer.lr"
         )
+
+    def _name(self, index: int) -> str:
+        return str(index) if self.name_of is None else f"{index} ({self.name_of(index)})"

@@ -19,19 +19,19 @@ from .nonfinite import NonFiniteGuard
 from .optimizer import build_optimizer, learning_rate
 from .step import Schedule, compute_losses, fusion_rows
 
-PARTS = ("data", "teacher", "student", "backward", "optimizer", "ema")
-
 
 class Clock:
-    """Adds the time since its last lap to a named part of ``seconds``."""
+    """Adds the wall time since its last lap to a named part of ``seconds``."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.seconds, self.last = seconds, time.perf_counter()
 
-    def lap(self, part: str) -> None:
+    def lap(self, part: str) -> float:
+        """Returns the time now."""
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
         self.last = now
+        return now
 
 
 class Pretrainer:
@@ -60,7 +60,7 @@ class Pretrainer:
         self.sampler = StepSampler(
             data.train_size, training.batch_size, world_size, recipe.seed, training.accumulation_steps
         )
-        self.guard = NonFiniteGuard(training.max_nonfinite)
+        self.guard = NonFiniteGuard(training.max_nonfinite, data.name_of)
         self.next_step = 0
         self.seconds: dict[str, float] = {}  # where the time went, by part, since the start
         torch.manual_seed(recipe.seed + 1 + rank)  # from here on ranks draw their own dropout, negatives, corruption
@@ -78,11 +78,11 @@ class Pretrainer:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         micro_batches = recipe.training.accumulation_steps
         totals: Terms = {}
-        for indices in self.sampler.indices(step, self.rank).reshape(micro_batches, -1):
+        for micro, indices in enumerate(self.sampler.indices(step, self.rank).reshape(micro_batches, -1)):
             clock = Clock(self.seconds)
             batch = self.data.train_batch(indices, self.sampler.epoch(step)).to(self.device)
             clock.lap("data")
-            terms = self._micro_step(batch, schedule, clock)
+            terms = self._micro_step(batch, schedule, clock, micro == micro_batches - 1)
             if terms is None:  # one bad micro-batch spoils the whole step
                 totals = {}
                 break
@@ -97,7 +97,7 @@ class Pretrainer:
             "skipped_steps": float(self.guard.skipped),
         }
 
-    def _micro_step(self, batch: Batch, schedule: Schedule, clock: Clock) -> Terms | None:
+    def _micro_step(self, batch: Batch, schedule: Schedule, clock: Clock, last: bool) -> Terms | None:
         recipe = self.recipe
         rows = fusion_rows(len(batch), recipe.objectives, schedule)
         with self.teacher.weights() as teacher:
@@ -117,9 +117,11 @@ class Pretrainer:
         clock.lap("backward")
         self.engine.step()
         clock.lap("optimizer")
-        self.teacher.follow()
+        applied = self.teacher.follow()
         self.queue.enqueue(*fresh)
         clock.lap("ema")
+        if last:
+            self.guard.stepped(applied, batch.index)
         return terms | _mask_measures(view, batch)
 
     def plan_masks(self, statistics: Any, batch: Batch) -> MaskPlan:

@@ -44,7 +44,8 @@ def train(stage: int, dtype: str, accumulation: int, bad: dict[int, int], steps:
                 break
             engine.backward(loss)
             engine.step()
-            teacher.follow()
+            if teacher.follow():
+                guard.stepped(True, torch.tensor([7, 8]))
     return {
         "weights": weights(engine, teacher),
         "updates": teacher.updates,
@@ -64,6 +65,7 @@ def main() -> None:
         ]
     guard = NonFiniteGuard(2)
     accepted = [guard.accept(torch.tensor(x), torch.tensor([1])) for x in (float("inf"), 1.0)]
+    guard.stepped(True, torch.tensor([1]))
     accepted.append(guard.accept(torch.tensor(float("inf") if rank else 2.0), torch.tensor([1])))
     try:
         guard.accept(torch.tensor(float("nan") if rank else 2.0), torch.tensor([40 + rank, 50 + rank]))
