@@ -184,11 +184,13 @@ def read_deepspeed_json(file: Path, source: str) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text("utf-8"), object_pairs_hook=unique)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        names = [f.name for f in SHIPPED.glob("*.json")]
+        names = sorted(f.name for f in SHIPPED.glob("*.json"))
         hint = _nearest_file(file, (".json",), names)
         raise RecipeError(f"{source}: deepspeed: no DeepSpeed configuration {file}; {hint}") from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{file}: not a JSON file: {error}") from None
+        raise RecipeError(
+            f"{file}: not a JSON file: {error}; correct it, or name one of the shipped zero0.json to zero3.json"
+        ) from None
     if not isinstance(found, dict):
         raise RecipeError(f"{file}: a DeepSpeed configuration is an object {{…}}, not {type(found).__name__}")
     return found
@@ -211,13 +213,16 @@ def _read_yaml(file: Path, source: str) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{source}{where}: {error.problem or 'not YAML'}; mend the line") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source}: not a YAML text file: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{source}: not a YAML text file: {' '.join(str(error).split())}; name a recipe") from None
     except OSError as error:
         raise RecipeError(f"{source}: cannot be read: {error.strerror}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise RecipeError(f"{source}: a recipe is a mapping of sections, not {type(values).__name__}")
+        raise RecipeError(
+            f"{source}: a recipe is a mapping of sections such as 'training:', not a {type(values).__name__}; "
+            "see crossmask recipes"
+        )
     return {name: {} if value is None and section_at(Recipe, str(name)) else value for name, value in values.items()}
 
 

@@ -131,7 +131,7 @@ def test_no_objective_left(folder: Path) -> None:
         ("name: a\ntraining: {max_steps: 1\nseed: 1\n", "bad.yaml, line 3: "),
         ("name: a\n\tseed: 1\n", "bad.yaml, line 2: "),
         ("1: a\n", "bad.yaml, line 1: key 1 is not text"),
-        ("- a\n", "a recipe is a mapping of sections, not list"),
+        ("- a\n", "not a list; see crossmask recipes"),
         ("name: !!python/name:os.system\n", "bad.yaml, line 1: could not determine a constructor"),
     ],
 )

@@ -273,7 +273,7 @@ class FilePairs(PairData):
                 "it is not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0]
             )
             raise DataError(
-                f"{where}: cannot read image {pair.image}: {reason}; replace it or remove the line"
+                f"{where}: cannot read image {pair.image}: {reason}; replace it, or remove the line and start again"
             ) from None
         width, height, box = *image.size, None
         if luck is not None:

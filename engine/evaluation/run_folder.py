@@ -86,7 +86,10 @@ def read_run(run_dir: Path | str) -> Run:
     if not probes:
         missing.append(f"curves of attention and masks ({METRICS_FILE} has no probes: training.evaluate_every is 0?)")
     if not (records or evaluation or gallery or recipe or status):
-        raise CheckpointError(f"{path} is not a run folder: it has neither recipe.yaml nor {METRICS_FILE}")
+        raise CheckpointError(
+            f"{path} is not a run folder: it has neither recipe.yaml nor {METRICS_FILE}; "
+            "name one that crossmask train made"
+        )
     return Run(path, train, probes, evaluation, gallery, status, recipe_text, recipe, missing)
 
 

@@ -175,13 +175,16 @@ class CheckpointManager:
             self._warn(f"{self.folder / LATEST} names {latest}, which is missing: looking for the newest good one")
         else:
             candidates = [named, *(path for path in candidates if path != named)]
+        damages = []
         for candidate in candidates:
             damage = find_damage(candidate)
             if damage is None:
                 return candidate, read_state(candidate)
+            damages.append(f"{candidate.name}: {damage}")
             self._warn(f"checkpoint {candidate} is damaged ({damage}): trying the one before it")
         raise CheckpointError(
-            f"{self.folder} holds no usable checkpoint: start the run again, or copy a good checkpoint back"
+            f"{self.folder} holds no usable checkpoint{f' ({damages[0]})' if damages else ''}: "
+            "start the run again, or copy a good checkpoint back"
         )
 
     def _choose(self, stage: int) -> tuple[Path, CheckpointState]:

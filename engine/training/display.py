@@ -161,7 +161,8 @@ class TrainingDisplay:
     def message(self, text: str) -> None:
         """One line above the display; it stays."""
         if self.enabled:
-            self.console.print(Text.assemble(("  • " if self.live_here else "", "cyan"), text), highlight=False)
+            line = Text.assemble(("  • " if self.live_here else "", "cyan"), text)
+            self.console.print(line, highlight=False, soft_wrap=not self.live_here)
 
     @property
     def elapsed_s(self) -> float:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from crossmask.kernels import native
 
 from ..data import load_data
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RecipeError
 from ..evaluation import build_report, describe_machine, evaluate, print_summary, write_gallery
 from ..failures import EXIT_STOPPED
 from ..masking import build_policy
@@ -52,6 +52,10 @@ def train(recipe: Recipe, run_dir: Path, resume: bool) -> int:
         return run.go(stop, resume)
 
 
+# What a checkpoint holds besides weights, queue and random states; see Run._save.
+STATE_KEYS = {"data", "skipped_steps", "skipped_in_a_row", "temperature", "trained_s", "unlogged"}
+
+
 class _Stopped(Exception):
     """Asked to stop while rank 0 measures what is already trained and saved."""
 
@@ -76,9 +80,14 @@ class Run:
         if resume:
             self._restore(checkpoints.load(pretrainer.engine, pretrainer.teacher, pretrainer.queue))
         elif self.first:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            _write(self.run_dir / "recipe.yaml", dump_recipe(recipe))
-            pretrainer.data.tokenizer.save(self.run_dir / "tokenizer.json")
+            try:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                _write(self.run_dir / "recipe.yaml", dump_recipe(recipe))
+                pretrainer.data.tokenizer.save(self.run_dir / "tokenizer.json")
+            except OSError as error:
+                raise RecipeError(
+                    f"output: {self.run_dir} cannot be written: {error.strerror}; choose another with --output"
+                ) from None
         self._status("running")
 
         with ExitStack() as stack:
@@ -177,6 +186,12 @@ class Run:
 
     def _restore(self, state: CheckpointState) -> None:
         p, extra = self.pretrainer, state.extra
+        unknown = sorted(STATE_KEYS - set(extra))
+        if unknown:
+            raise CheckpointError(
+                f"{self.run_dir}: its checkpoint was saved by another version of crossmask (no {unknown[0]}); "
+                "start the run again"
+            )
         if extra["data"] != p.data.fingerprint():
             raise CheckpointError(
                 f"{self.run_dir}: the training data are not those the run began with; restore them or start a new run"
