@@ -49,8 +49,8 @@ def print_summary(evaluation: Mapping[str, Any], console: Console | None = None)
     asked = max((s["reranked"]["i2t"].get("queries", 0) for s in splits.values() if s.get("reranked")), default=0)
     if asked:
         console.print(
-            f"  ITC+ITM, ITM: R@1 with the leading candidates in that order, at most {asked:,} queries;\n"
-            "  in brackets, the difference from ITC's own order for the same queries. chance: of R@1.\n",
+            "  ITC+ITM, ITM: R@1 with the leading candidates in that order, for at most\n"
+            f"  {asked:,} queries; in brackets, the difference from ITC's own order for them.\n",
             highlight=False, style="dim",
         )  # fmt: skip
     for line in verdicts(evaluation):
