@@ -23,7 +23,7 @@ def draw_negatives(
         group_id: (B,) equal ids are true matches and never drawn: they are removed before the softmax, so a row
             whose whole batch belongs to it cannot be drawn from.
         hardness: draw in proportion to softmax(hardness * similarity / temperature): 0 uniformly, 1 as ALBEF does.
-            Beginning with easy negatives is a reconstruction: from scratch, hard ones alone teach nothing.
+            Beginning with easy negatives is our addition, for training from scratch.
 
     Returns:
         (rows,) indices of images, (rows,) indices of texts, (rows,) bool: whether a legal negative exists.
