@@ -16,6 +16,10 @@ for name, value in {
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined: without a GPU the kernels run in its interpreter, on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

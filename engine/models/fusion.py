@@ -56,13 +56,16 @@ class Attention(nn.Module):
         return key if self.sharpness is None else F.normalize(key, dim=-1), self.split(value)
 
     def forward(self, x: Tensor, key_value: KeyValue, key_mask: Tensor | None = None) -> Tensor:
-        out = cross_attention(self.ask(x), *key_value, key_mask=key_mask).output
+        # Values that are not finite reach the loss, where the loop leaves the step out on every rank together.
+        out = cross_attention(self.ask(x), *key_value, key_mask=key_mask, check_finite=False).output
         return self.output(out.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
     def statistics(self, x: Tensor, key_value: KeyValue, query_mask: Tensor) -> AttentionStatistics:
         """Where ``x`` looks among the keys. Valid queries are those of ``query_mask`` (B, L)."""
-        return cross_attention(self.ask(x), *key_value, query_mask=query_mask, statistics=TEACHER_STATISTICS).statistics
+        return cross_attention(
+            self.ask(x), *key_value, query_mask=query_mask, statistics=TEACHER_STATISTICS, check_finite=False
+        ).statistics
 
 
 class FusionLayer(nn.Module):

@@ -1,0 +1,69 @@
+"""How every kernel is started, in one place; what is compiled ahead of time is recorded here, from real launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configs import Config
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as it was asked for; ``arguments`` are all of the kernel's, tiles included."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    config: Config
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Note launches instead of making them. Nothing is computed, so the tensors may be on the meta device."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: Config, device: torch.device) -> None:
+    """Start ``kernel`` on the current stream of ``device``.
+
+    ``arguments`` holds all of the kernel's parameters by name but those the configuration names: BLOCK_S, BLOCK_P,
+    TRANSPOSED and STAGES, each passed where the kernel has it.
+    """
+    tiles = {
+        "BLOCK_S": config.block_s,
+        "BLOCK_P": config.block_p,
+        "TRANSPOSED": config.transposed,
+        "STAGES": config.stages,
+    }
+    arguments = {**arguments, **{name: value for name, value in tiles.items() if name in kernel.arg_names}}
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, config))
+    elif device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
+    else:  # Triton's interpreter
+        kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` with a last dimension that is dense, as every kernel reads it."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def byte(mask: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A bool mask as the kernels read it: contiguous, a byte each. ``stand_in`` where there is none; it is not read."""
+    return stand_in if mask is None else mask.contiguous().view(torch.uint8)
