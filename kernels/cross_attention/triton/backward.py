@@ -27,6 +27,9 @@ which gives, with all terms that are constant along a row gathered in ρ:
 p and r are recomputed from the log-sum-exps, as in FlashAttention (Dao et al., 2022). A row that attends to nothing has
 ``NOTHING`` for its log-sum-exp and 0 for ρ and e: its weights are 0, and nothing they are multiplied with is infinite.
 
+ds is rounded to the inputs' dtype before its products, as in other fused kernels: in float16 a loss that is scaled too
+far makes dq infinite, which a gradient scaler steps back from.
+
 The launches have no atomics, so that two runs agree bitwise:
 
     backward_rows     ρ, and a, for every query: where t or a are needed, one sweep over the keys for both
@@ -49,6 +52,7 @@ from .primitives import (
     LN2,
     LOG2E,
     NOTHING,
+    SIZES,
     at_head,
     by_key,
     by_query,
@@ -134,7 +138,7 @@ def logit_gradient(
     return ds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_fused(
     Q, K, V, GradOutput, Lse, ColumnLse, GradEntropy, C, U, Rho, Peak, Argmax,
     KeyMask, QueryMask, HeadMask, Seed, GradQ, GradK, GradV,
@@ -142,7 +146,7 @@ def backward_fused(
     dq_split, dq_batch, dq_head, dq_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     c_batch, c_head, u_batch, u_head,
     H, S, P, splits, split_keys, scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, UNIT: tl.constexpr,
     HAS_MAX: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
@@ -152,21 +156,21 @@ def backward_fused(
     split = tl.program_id(0) % splits
     head = tl.program_id(0) // splits
     rows = tl.arange(0, BLOCK_S)
-    K = at_head(K, head, H, k_batch, k_head)
-    V = at_head(V, head, H, v_batch, v_head)
-    GradK = at_head(GradK, head, H, dk_batch, dk_head)
-    GradV = at_head(GradV, head, H, dv_batch, dv_head)
-    C = at_head(C, head, H, c_batch, c_head)
-    U = at_head(U, head, H, u_batch, u_head)
-    q = load_rows(at_head(Q, head, H, q_batch, q_head), rows, q_row, S, D, BLOCK_D)  # [BS, BD]
-    do = load_rows(at_head(GradOutput, head, H, do_batch, do_head), rows, do_row, S, D, BLOCK_D)
+    K = at_head(K, head, H, k_batch, k_head, UNIT)
+    V = at_head(V, head, H, v_batch, v_head, UNIT)
+    GradK = at_head(GradK, head, H, dk_batch, dk_head, UNIT)
+    GradV = at_head(GradV, head, H, dv_batch, dv_head, UNIT)
+    C = at_head(C, head, H, c_batch, c_head, 1)
+    U = at_head(U, head, H, u_batch, u_head, 1)
+    q = load_rows(at_head(Q, head, H, q_batch, q_head, UNIT), rows, q_row, S, D, BLOCK_D, UNIT)  # [BS, BD]
+    do = load_rows(at_head(GradOutput, head, H, do_batch, do_head, UNIT), rows, do_row, S, D, BLOCK_D, UNIT)
     lse2 = row_lse2(Lse, head.to(tl.int64) * S + rows, rows < S)
     dq = tl.zeros((BLOCK_D, BLOCK_S) if TRANSPOSED else (BLOCK_S, BLOCK_D), tl.float32)
     for start in tl.range(split * split_keys, tl.minimum((split + 1) * split_keys, P), BLOCK_P, num_stages=STAGES):
         keys = start + tl.arange(0, BLOCK_P)  # [BP]
         counted = allowed(KeyMask, HeadMask, head, H, keys, P, HAS_KEY_MASK, HAS_HEAD_MASK)
-        k = load_rows(K, keys, k_row, P, D, BLOCK_D)  # [BP, BD]
-        v = load_rows(V, keys, v_row, P, D, BLOCK_D)
+        k = load_rows(K, keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
+        v = load_rows(V, keys, v_row, P, D, BLOCK_D, UNIT)
         s2 = product(q, k, TRANSPOSED) * (scale * LOG2E)
         p = weights(s2, lse2, counted, TRANSPOSED)
         pz = p
@@ -175,7 +179,7 @@ def backward_fused(
             pz = tl.where(keep, p * keep_scale, 0.0)
         pz = pz.to(do.dtype)  # dv leaves for memory before ds needs its registers
         dv = tl.dot(pz if TRANSPOSED else tl.trans(pz), do, input_precision="ieee")
-        store_rows(GradV, keys, dv_row, P, dv, D, BLOCK_D)
+        store_rows(GradV, keys, dv_row, P, dv, D, BLOCK_D, UNIT)
         dp = product(do, v, TRANSPOSED)
         if HAS_DROPOUT:
             dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -190,23 +194,23 @@ def backward_fused(
             HAS_MAX, HAS_ENTROPY, HAS_KEY, HAS_QUERY, HAS_QUERY_MASK, False, TRANSPOSED,
         ).to(k.dtype)  # fmt: skip
         dk = tl.dot(ds if TRANSPOSED else tl.trans(ds), q, input_precision="ieee")
-        store_rows(GradK, keys, dk_row, P, dk * scale, D, BLOCK_D)
+        store_rows(GradK, keys, dk_row, P, dk * scale, D, BLOCK_D, UNIT)
         if TRANSPOSED:
             dq = tl.dot(tl.trans(k), ds, dq, input_precision="ieee")
         else:
             dq = tl.dot(ds, k, dq, input_precision="ieee")
-    GradQ = at_head(GradQ, head, H, dq_batch, dq_head) + split.to(tl.int64) * dq_split
-    store_rows(GradQ, rows, dq_row, S, (tl.trans(dq) if TRANSPOSED else dq) * scale, D, BLOCK_D)
+    GradQ = at_head(GradQ, head, H, dq_batch, dq_head, UNIT) + split.to(tl.int64) * dq_split * UNIT
+    store_rows(GradQ, rows, dq_row, S, (tl.trans(dq) if TRANSPOSED else dq) * scale, D, BLOCK_D, UNIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_queries(
     Q, K, V, GradOutput, Lse, ColumnLse, Tau, GradEntropy, C, U, Rho, Peak, Argmax,
     KeyMask, QueryMask, HeadMask, Seed, GradQ,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dq_batch, dq_head, dq_row, c_batch, c_head, u_batch, u_head,
     H, S, P, scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, UNIT: tl.constexpr,
     HAS_MAX: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
@@ -216,12 +220,12 @@ def backward_queries(
     head = tl.program_id(0) // blocks
     first_row = (tl.program_id(0) % blocks) * BLOCK_S
     rows = first_row + tl.arange(0, BLOCK_S)
-    K = at_head(K, head, H, k_batch, k_head)
-    V = at_head(V, head, H, v_batch, v_head)
-    C = at_head(C, head, H, c_batch, c_head)
-    U = at_head(U, head, H, u_batch, u_head)
-    q = load_rows(at_head(Q, head, H, q_batch, q_head), rows, q_row, S, D, BLOCK_D)  # [BS, BD]
-    do = load_rows(at_head(GradOutput, head, H, do_batch, do_head), rows, do_row, S, D, BLOCK_D)
+    K = at_head(K, head, H, k_batch, k_head, UNIT)
+    V = at_head(V, head, H, v_batch, v_head, UNIT)
+    C = at_head(C, head, H, c_batch, c_head, 1)
+    U = at_head(U, head, H, u_batch, u_head, 1)
+    q = load_rows(at_head(Q, head, H, q_batch, q_head, UNIT), rows, q_row, S, D, BLOCK_D, UNIT)  # [BS, BD]
+    do = load_rows(at_head(GradOutput, head, H, do_batch, do_head, UNIT), rows, do_row, S, D, BLOCK_D, UNIT)
     lse2 = row_lse2(Lse, head.to(tl.int64) * S + rows, rows < S)
     row = row_terms(
         Rho, Peak, Argmax, GradEntropy, U, QueryMask, head, H, rows, S, lse2,
@@ -232,10 +236,10 @@ def backward_queries(
         keys = start + tl.arange(0, BLOCK_P)  # [BP]
         counted = allowed(KeyMask, HeadMask, head, H, keys, P, HAS_KEY_MASK, HAS_HEAD_MASK)
         column = column_terms(C, ColumnLse, Tau, head, keys, P, counted, HAS_KEY, HAS_QUERY, HAS_QUERY)
-        k = load_rows(K, keys, k_row, P, D, BLOCK_D)  # [BP, BD]
+        k = load_rows(K, keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
         s2 = product(q, k, TRANSPOSED) * (scale * LOG2E)
         p = weights(s2, lse2, counted, TRANSPOSED)
-        dp = product(do, load_rows(V, keys, v_row, P, D, BLOCK_D), TRANSPOSED)
+        dp = product(do, load_rows(V, keys, v_row, P, D, BLOCK_D, UNIT), TRANSPOSED)
         if HAS_DROPOUT:
             keep = kept(Seed, head, first_row, start, P, threshold, BLOCK_S, BLOCK_P, TRANSPOSED)
             dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -247,18 +251,18 @@ def backward_queries(
             dq = tl.dot(tl.trans(k), ds, dq, input_precision="ieee")
         else:
             dq = tl.dot(ds, k, dq, input_precision="ieee")
-    GradQ = at_head(GradQ, head, H, dq_batch, dq_head)
-    store_rows(GradQ, rows, dq_row, S, (tl.trans(dq) if TRANSPOSED else dq) * scale, D, BLOCK_D)
+    GradQ = at_head(GradQ, head, H, dq_batch, dq_head, UNIT)
+    store_rows(GradQ, rows, dq_row, S, (tl.trans(dq) if TRANSPOSED else dq) * scale, D, BLOCK_D, UNIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_keys(
     Q, K, V, GradOutput, Lse, ColumnLse, Tau, GradEntropy, C, U, Rho, Peak, Argmax,
     KeyMask, QueryMask, HeadMask, Seed, GradK, GradV,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, c_batch, c_head, u_batch, u_head,
     H, S, P, scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, UNIT: tl.constexpr,
     HAS_MAX: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
@@ -268,21 +272,21 @@ def backward_keys(
     head = tl.program_id(0) // blocks
     first_key = (tl.program_id(0) % blocks) * BLOCK_P
     keys = first_key + tl.arange(0, BLOCK_P)
-    Q = at_head(Q, head, H, q_batch, q_head)
-    GradOutput = at_head(GradOutput, head, H, do_batch, do_head)
-    U = at_head(U, head, H, u_batch, u_head)
+    Q = at_head(Q, head, H, q_batch, q_head, UNIT)
+    GradOutput = at_head(GradOutput, head, H, do_batch, do_head, UNIT)
+    U = at_head(U, head, H, u_batch, u_head, 1)
     counted = allowed(KeyMask, HeadMask, head, H, keys, P, HAS_KEY_MASK, HAS_HEAD_MASK)
-    C = at_head(C, head, H, c_batch, c_head)
+    C = at_head(C, head, H, c_batch, c_head, 1)
     column = column_terms(C, ColumnLse, Tau, head, keys, P, counted, HAS_KEY, HAS_QUERY, HAS_QUERY)
-    k = load_rows(at_head(K, head, H, k_batch, k_head), keys, k_row, P, D, BLOCK_D)  # [BP, BD]
-    v = load_rows(at_head(V, head, H, v_batch, v_head), keys, v_row, P, D, BLOCK_D)
+    k = load_rows(at_head(K, head, H, k_batch, k_head, UNIT), keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
+    v = load_rows(at_head(V, head, H, v_batch, v_head, UNIT), keys, v_row, P, D, BLOCK_D, UNIT)
     dk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for start in tl.range(0, S, BLOCK_S, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_S)  # [BS]
         lse2 = row_lse2(Lse, head.to(tl.int64) * S + rows, rows < S)
-        q = load_rows(Q, rows, q_row, S, D, BLOCK_D)  # [BS, BD]
-        do = load_rows(GradOutput, rows, do_row, S, D, BLOCK_D)
+        q = load_rows(Q, rows, q_row, S, D, BLOCK_D, UNIT)  # [BS, BD]
+        do = load_rows(GradOutput, rows, do_row, S, D, BLOCK_D, UNIT)
         s2 = product(q, k, TRANSPOSED) * (scale * LOG2E)
         p = weights(s2, lse2, counted, TRANSPOSED)
         pz = p
@@ -303,5 +307,5 @@ def backward_keys(
             HAS_MAX, HAS_ENTROPY, HAS_KEY, HAS_QUERY, HAS_QUERY_MASK, True, TRANSPOSED,
         ).to(q.dtype)  # fmt: skip
         dk = tl.dot(ds if TRANSPOSED else tl.trans(ds), q, dk, input_precision="ieee")
-    store_rows(at_head(GradK, head, H, dk_batch, dk_head), keys, dk_row, P, dk * scale, D, BLOCK_D)
-    store_rows(at_head(GradV, head, H, dv_batch, dv_head), keys, dv_row, P, dv, D, BLOCK_D)
+    store_rows(at_head(GradK, head, H, dk_batch, dk_head, UNIT), keys, dk_row, P, dk * scale, D, BLOCK_D, UNIT)
+    store_rows(at_head(GradV, head, H, dv_batch, dv_head, UNIT), keys, dv_row, P, dv, D, BLOCK_D, UNIT)

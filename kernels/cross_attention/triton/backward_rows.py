@@ -3,7 +3,20 @@
 import triton
 import triton.language as tl
 
-from .primitives import INF, LOG2E, NOTHING, at_head, by_key, by_query, load_rows, product, row_lse2, valid, weights
+from .primitives import (
+    INF,
+    LOG2E,
+    NOTHING,
+    SIZES,
+    at_head,
+    by_key,
+    by_query,
+    load_rows,
+    product,
+    row_lse2,
+    valid,
+    weights,
+)
 
 
 @triton.jit
@@ -29,14 +42,14 @@ def column_weights(s2, column2, w, TRANSPOSED: tl.constexpr):
     return tl.where(by_query(w, TRANSPOSED), tl.exp2(s2 - by_key(column2, TRANSPOSED)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_rows(
     Q, K, Output, GradOutput, Lse, Entropy, MaxProbability, GradLse, GradEntropy, GradMax, C,
     KeyMask, QueryMask, HeadMask, Rho, Peak, Argmax,
     q_batch, q_head, q_row, k_batch, k_head, k_row, o_batch, o_head, o_row, do_batch, do_head, do_row,
     c_batch, c_head,
     H, S, P, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, UNIT: tl.constexpr,
     HAS_LSE: tl.constexpr, HAS_MAX: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr,
     TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
@@ -48,9 +61,9 @@ def backward_rows(
     inside, at = rows < S, head.to(tl.int64) * S + rows
     lse2 = row_lse2(Lse, at, inside)
 
-    output = load_rows(at_head(Output, head, H, o_batch, o_head), rows, o_row, S, D, BLOCK_D).to(tl.float32)  # [BS, BD]
-    do = load_rows(at_head(GradOutput, head, H, do_batch, do_head), rows, do_row, S, D, BLOCK_D).to(tl.float32)
-    rho = -tl.sum(output * do, 1)
+    output = load_rows(at_head(Output, head, H, o_batch, o_head, UNIT), rows, o_row, S, D, BLOCK_D, UNIT)  # [BS, BD]
+    do = load_rows(at_head(GradOutput, head, H, do_batch, do_head, UNIT), rows, do_row, S, D, BLOCK_D, UNIT)
+    rho = -tl.sum(output.to(tl.float32) * do.to(tl.float32), 1)
     if HAS_LSE:
         rho += tl.load(GradLse + at, mask=inside, other=0.0)
     if HAS_ENTROPY:
@@ -62,16 +75,16 @@ def backward_rows(
 
     if HAS_KEY or HAS_MAX:
         AXIS: tl.constexpr = 0 if TRANSPOSED else 1  # of the keys in a tile
-        q = load_rows(at_head(Q, head, H, q_batch, q_head), rows, q_row, S, D, BLOCK_D)
-        K = at_head(K, head, H, k_batch, k_head)
-        C = at_head(C, head, H, c_batch, c_head)
+        q = load_rows(at_head(Q, head, H, q_batch, q_head, UNIT), rows, q_row, S, D, BLOCK_D, UNIT)
+        K = at_head(K, head, H, k_batch, k_head, UNIT)
+        C = at_head(C, head, H, c_batch, c_head, 1)
         t = tl.zeros((BLOCK_S,), tl.float32)
         largest = tl.full((BLOCK_S,), -INF, tl.float32)
         argmax = tl.full((BLOCK_S,), -1, tl.int32)
         for start in tl.range(0, P, BLOCK_P, num_stages=STAGES):
             keys = start + tl.arange(0, BLOCK_P)  # [BP]
             counted = allowed(KeyMask, HeadMask, head, H, keys, P, HAS_KEY_MASK, HAS_HEAD_MASK)
-            s2 = product(q, load_rows(K, keys, k_row, P, D, BLOCK_D), TRANSPOSED) * (scale * LOG2E)
+            s2 = product(q, load_rows(K, keys, k_row, P, D, BLOCK_D, UNIT), TRANSPOSED) * (scale * LOG2E)
             if HAS_KEY:
                 c = tl.load(C + keys, mask=keys < P, other=0.0)
                 t += tl.sum(weights(s2, lse2, counted, TRANSPOSED) * by_key(c, TRANSPOSED), AXIS)
@@ -88,12 +101,12 @@ def backward_rows(
     tl.store(Rho + at, tl.where(lse2 < NOTHING, rho, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_columns(
     Q, K, ColumnLse, U, KeyMask, QueryMask, HeadMask, Tau,
     q_batch, q_head, q_row, k_batch, k_head, k_row, u_batch, u_head,
     H, S, P, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, UNIT: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr,
     TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -101,18 +114,18 @@ def backward_columns(
     blocks = tl.cdiv(P, BLOCK_P)
     head = tl.program_id(0) // blocks
     keys = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BP]
-    Q = at_head(Q, head, H, q_batch, q_head)
-    U = at_head(U, head, H, u_batch, u_head)
+    Q = at_head(Q, head, H, q_batch, q_head, UNIT)
+    U = at_head(U, head, H, u_batch, u_head, 1)
     at = head.to(tl.int64) * P + keys
     counted = allowed(KeyMask, HeadMask, head, H, keys, P, HAS_KEY_MASK, HAS_HEAD_MASK)
-    k = load_rows(at_head(K, head, H, k_batch, k_head), keys, k_row, P, D, BLOCK_D)  # [BP, BD]
+    k = load_rows(at_head(K, head, H, k_batch, k_head, UNIT), keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
     column2 = column_lse2(ColumnLse, at, counted)
     tau = tl.zeros((BLOCK_P,), tl.float32)
     for start in tl.range(0, S, BLOCK_S, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_S)  # [BS]
         w = valid(QueryMask, head // H, rows, S, HAS_QUERY_MASK)
         u = tl.load(U + rows, mask=rows < S, other=0.0)
-        s2 = product(load_rows(Q, rows, q_row, S, D, BLOCK_D), k, TRANSPOSED) * (scale * LOG2E)
+        s2 = product(load_rows(Q, rows, q_row, S, D, BLOCK_D, UNIT), k, TRANSPOSED) * (scale * LOG2E)
         r = column_weights(s2, column2, w, TRANSPOSED)
         tau += tl.sum(r * by_query(u, TRANSPOSED), 1 if TRANSPOSED else 0)
     tl.store(Tau + at, tau, mask=keys < P)

@@ -48,14 +48,14 @@ HALF: dict[str, dict[str, Tiles]] = {
         "forward_online": {
             64: (C(32, 64), C(64, 32)),
             128: (C(32, 64), C(64, 64, 8)),
-            256: (C(32, 64, 8),),
+            256: (C(32, 64, 8, 1),),
         },
         "column_lse": {128: (C(64, 64),), 256: (C(32, 32),)},
         "key_statistics": {128: (C(64, 64),), 256: (C(32, 32),)},
-        "backward_rows": {128: (C(32, 64), C(64, 64)), 256: (C(32, 32),)},
+        "backward_rows": {32: (C(32, 64), C(64, 32)), 128: (C(32, 64), C(64, 64)), 256: (C(32, 32),)},
         "backward_columns": {128: (C(64, 64),), 256: (C(32, 32),)},
-        "backward_fused": {128: (C(32, 32),), 256: (C(32, 32, 8),)},
-        "backward_queries": {64: (C(64, 32),), 128: (C(32, 64),), 256: (C(32, 32, 8),)},
+        "backward_fused": {128: (C(32, 32),), 256: (C(32, 16, 8),)},
+        "backward_queries": {32: (C(64, 32),), 128: (C(32, 64),), 256: (C(32, 32, 8),)},
         "backward_keys": {
             32: (C(32, 32),),
             64: (C(64, 32, 4, 2, True),),
@@ -73,7 +73,7 @@ HALF: dict[str, dict[str, Tiles]] = {
         },
         "forward_online": {
             64: (C(32, 64, 4, 2, True), C(64, 64), C(128, 64, 8)),
-            128: (C(32, 64, 4, 2, True), C(64, 64, 8), C(128, 64, 8)),
+            128: (C(32, 64, 4, 1, True), C(64, 64, 8), C(128, 64, 8)),
             256: (C(32, 32, 8), C(64, 32, 8)),
         },
         "column_lse": {128: (C(64, 64, 4, 2, True),), 256: (C(32, 32),)},
@@ -82,21 +82,38 @@ HALF: dict[str, dict[str, Tiles]] = {
         "backward_columns": {128: (C(64, 64, 4, 2, True),), 256: (C(32, 32),)},
         # one stage: two spill, and two blocks a multiprocessor hide each other's loads
         "backward_fused": {64: (C(32, 64, 4, 1, True), C(64, 32)), 128: (C(32, 64, 8),), 256: (C(32, 32, 8),)},
-        "backward_queries": {64: (C(64, 32),), 128: (C(64, 32, 8),), 256: (C(32, 64, 8),)},
+        "backward_queries": {64: (C(64, 32),), 128: (C(64, 32, 8),), 256: (C(32, 64, 8, 1),)},
         "backward_keys": {64: (C(32, 64, 4, 2, True),), 128: (C(32, 64, 8, 2, True),), 256: (C(32, 16, 8, 2, True),)},
     },
     # The tensor cores of datacentre Blackwell work from 64 rows on, with accumulators in memory of their own; to reduce
     # those over rows takes much code, so that short queries do better with Ampere's instructions.
     "sm_100": {
         "forward_single": {
+            32: (C(32, 32), C(64, 32), C(32, 64), C(32, 128, 8)),
             64: (C(32, 32), C(64, 32), C(32, 128), C(32, 256, 8)),
             128: (C(32, 32), C(64, 32), C(32, 128)),
             256: (C(32, 32), C(64, 32, 8), C(32, 128, 8)),
         },
-        "forward_online": {64: (C(32, 64), C(64, 32)), 128: (C(32, 64), C(64, 32)), 256: (C(32, 64, 8),)},
+        "forward_online": {
+            64: (C(32, 64, 4, 1),),
+            128: (C(32, 64), C(64, 32)),
+            256: (C(32, 64, 8, 1),),
+        },
+        "backward_rows": {64: (C(32, 64), C(64, 64, 8)), 128: (C(32, 64, 8), C(64, 64, 8)), 256: (C(32, 32),)},
         "backward_fused": {64: (C(32, 64, 4, 1, True),), 128: (C(32, 64, 8, 1, True),), 256: (C(32, 32, 8),)},
         "backward_queries": {128: (C(64, 32),), 256: (C(32, 32, 8),)},
         "backward_keys": {128: (C(32, 64, 4, 2, True),), 256: (C(32, 16, 8, 2, True),)},
+    },
+    # Desktop Blackwell has Ampere's instructions, and a compiler of its own that spills a little sooner.
+    "sm_120": {
+        "forward_online": {
+            32: (C(32, 64), C(64, 32)),
+            64: (C(32, 64, 4, 1), C(64, 32)),
+            128: (C(32, 64), C(64, 64, 8)),
+            256: (C(32, 64, 8, 1),),
+        },
+        "backward_fused": {64: (C(32, 32, 4, 1),), 128: (C(32, 32),), 256: (C(32, 16, 8),)},
+        "backward_queries": {32: (C(64, 32),), 64: (C(32, 64),), 128: (C(32, 32),), 256: (C(32, 32, 8),)},
     },
     # CDNA 3: waves of 64, 64 KiB of shared memory, and 512 registers of which matrix accumulators take a part.
     "gfx942": {
@@ -106,7 +123,7 @@ HALF: dict[str, dict[str, Tiles]] = {
             256: (C(32, 32),),
         },
         "forward_online": {64: (C(32, 64), C(64, 32), C(128, 32)), 128: (C(32, 32), C(64, 32)), 256: (C(32, 16),)},
-        "backward_fused": {64: (C(32, 32), C(64, 32)), 256: (C(32, 16),)},
+        "backward_fused": {16: (C(32, 32),), 64: (C(32, 32), C(64, 32)), 256: (C(32, 16),)},
         "backward_queries": {64: (C(64, 32),), 128: (C(64, 16),), 256: (C(32, 16),)},
         "backward_keys": {64: (C(64, 32),), 128: (C(64, 16),), 256: (C(32, 16),)},
     },
@@ -116,14 +133,42 @@ HALF: dict[str, dict[str, Tiles]] = {
 SINGLE: dict[str, dict[str, Tiles]] = {
     "sm_80": {
         "forward_single": {64: (C(32, 32),), 256: ()},
-        "forward_online": {32: (C(16, 32),), 64: (C(32, 32),), 128: (C(16, 32),), 256: (C(16, 16),)},
+        "forward_online": {16: (C(32, 32),), 32: (C(16, 32),), 64: (C(32, 16),), 128: (C(16, 32),), 256: (C(16, 16),)},
         "column_lse": {64: (C(32, 32),), 256: (C(16, 16),)},
         "key_statistics": {64: (C(32, 32),), 256: (C(16, 16),)},
-        "backward_rows": {128: (C(32, 32),), 256: (C(16, 16),)},
+        "backward_rows": {32: (C(32, 32),), 64: (C(32, 16),), 128: (C(32, 32),), 256: (C(16, 16),)},
         "backward_columns": {64: (C(32, 32),), 256: (C(16, 16),)},
         "backward_fused": {64: (C(32, 32, 8),), 128: (C(32, 16, 8),), 256: (C(16, 16, 8),)},
-        "backward_queries": {64: (C(32, 16),), 128: (C(32, 32, 8),), 256: (C(16, 16),)},
-        "backward_keys": {128: (C(32, 16, 8, 2, True),), 256: (C(16, 16, 8, 2, True),)},
+        "backward_queries": {16: (C(32, 32),), 64: (C(32, 16),), 128: (C(32, 32, 8),), 256: (C(16, 16),)},
+        "backward_keys": {
+            32: (C(32, 16, 8, 2, True),),
+            64: (C(32, 16, 8, 1, True),),
+            128: (C(32, 16, 8, 2, True),),
+            256: (C(16, 16, 8, 1, True),),
+        },
+    },
+    "sm_90": {
+        "forward_online": {
+            32: (C(16, 32),),
+            64: (C(32, 16),),
+            128: (C(16, 16),),
+            256: (C(16, 16, 8),),
+        },
+    },
+    "sm_120": {
+        "forward_online": {
+            16: (C(32, 32),),
+            32: (C(16, 32),),
+            64: (C(32, 16),),
+            128: (C(16, 16),),
+            256: (C(16, 32, 8),),
+        },
+    },
+    # multiplies float32 exactly by matrix instructions
+    "gfx942": {
+        "backward_fused": {128: (C(32, 16),), 256: (C(16, 16),)},
+        "backward_queries": {128: (C(32, 16),), 256: (C(16, 16),)},
+        "backward_keys": {256: (C(32, 16),)},
     },
 }
 
@@ -135,7 +180,7 @@ FAMILIES = {
     "sm_100": ("sm_100", "sm_90", "sm_80"),
     "sm_120": ("sm_120", "sm_80"),
     "gfx942": ("gfx942", "sm_80"),
-    "any": ("any", "sm_80"),
+    "any": ("any", "gfx942", "sm_80"),  # CDNA 3 has the least shared memory, and so the smallest tiles
 }
 KERNELS = tuple(HALF["sm_80"])
 

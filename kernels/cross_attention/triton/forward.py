@@ -29,6 +29,7 @@ from .primitives import (
     LN2,
     LOG2E,
     NOTHING,
+    SIZES,
     at_head,
     by_key,
     by_query,
@@ -110,13 +111,14 @@ def store_key_statistics(
         tl.store(KeyMax + at, tl.max(p, QUERIES), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_single(
     Q, K, V, Output, Lse, MaxProbability, Entropy, KeySum, KeyMax, QuerySum, ColumnLse,
     KeyMask, QueryMask, HeadMask, Seed,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, output_batch, output_head, output_row,
     H, S, P, scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, TRANSPOSED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HAS_MAX_PROBABILITY: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY_SUM: tl.constexpr, HAS_KEY_MAX: tl.constexpr,
     HAS_QUERY_SUM: tl.constexpr, LOCAL: tl.constexpr,
@@ -132,8 +134,8 @@ def forward_single(
     keys = tl.arange(0, BLOCK_P)
     row = head.to(tl.int64) * S + queries
 
-    q = load_rows(at_head(Q, head, H, q_batch, q_head), queries, q_row, S, D, BLOCK_D)  # [BS, BD]
-    k = load_rows(at_head(K, head, H, k_batch, k_head), keys, k_row, P, D, BLOCK_D)  # [BP, BD]
+    q = load_rows(at_head(Q, head, H, q_batch, q_head, UNIT), queries, q_row, S, D, BLOCK_D, UNIT)  # [BS, BD]
+    k = load_rows(at_head(K, head, H, k_batch, k_head, UNIT), keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
     counted = valid(QueryMask, sample, queries, S, HAS_QUERY_MASK)
     allowed = valid(KeyMask, sample, keys, P, HAS_KEY_MASK)
     if HAS_HEAD_MASK:
@@ -159,22 +161,25 @@ def forward_single(
         shares = p * by_query(tl.where(counted, reciprocal(l), 0.0), TRANSPOSED)
         store_key_statistics(KeySum, KeyMax, at, keys < P, shares, TRANSPOSED, HAS_KEY_SUM, HAS_KEY_MAX)
 
-    v = load_rows(at_head(V, head, H, v_batch, v_head), keys, v_row, P, D, BLOCK_D)  # [BP, BD]
+    v = load_rows(at_head(V, head, H, v_batch, v_head, UNIT), keys, v_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
     if HAS_DROPOUT:
         p = tl.where(kept(Seed, head, first_query, 0, P, threshold, BLOCK_S, BLOCK_P, TRANSPOSED), p, 0.0)
     output = tl.zeros((BLOCK_D, BLOCK_S) if TRANSPOSED else (BLOCK_S, BLOCK_D), tl.float32)
     output = accumulate(output, p, v, TRANSPOSED) * by_query(reciprocal(l) * keep_scale, TRANSPOSED)
     output = tl.trans(output) if TRANSPOSED else output
-    store_rows(at_head(Output, head, H, output_batch, output_head), queries, output_row, S, output, D, BLOCK_D)
+    store_rows(
+        at_head(Output, head, H, output_batch, output_head, UNIT), queries, output_row, S, output, D, BLOCK_D, UNIT
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_online(
     Q, K, V, Output, Lse, MaxProbability, Entropy, KeySum, KeyMax, QuerySum, ColumnLse,
     KeyMask, QueryMask, HeadMask, Seed,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, output_batch, output_head, output_row,
     H, S, P, scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, TRANSPOSED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HAS_MAX_PROBABILITY: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY_SUM: tl.constexpr, HAS_KEY_MAX: tl.constexpr,
     HAS_QUERY_SUM: tl.constexpr, LOCAL: tl.constexpr, STAGES: tl.constexpr,
@@ -188,10 +193,10 @@ def forward_online(
     first_query = program % blocks * BLOCK_S
     queries = first_query + tl.arange(0, BLOCK_S)
     row = head.to(tl.int64) * S + queries
-    K = at_head(K, head, H, k_batch, k_head)
-    V = at_head(V, head, H, v_batch, v_head)
+    K = at_head(K, head, H, k_batch, k_head, UNIT)
+    V = at_head(V, head, H, v_batch, v_head, UNIT)
 
-    q = load_rows(at_head(Q, head, H, q_batch, q_head), queries, q_row, S, D, BLOCK_D)  # [BS, BD]
+    q = load_rows(at_head(Q, head, H, q_batch, q_head, UNIT), queries, q_row, S, D, BLOCK_D, UNIT)  # [BS, BD]
     counted = valid(QueryMask, sample, queries, S, HAS_QUERY_MASK)
     m = tl.full((BLOCK_S,), -NOTHING, tl.float32)
     l = tl.zeros((BLOCK_S,), tl.float32)
@@ -200,7 +205,7 @@ def forward_online(
     end = length_if_on(HeadMask, head, P, HAS_HEAD_MASK)
     for first_key in tl.range(0, end, BLOCK_P, num_stages=STAGES):
         keys = first_key + tl.arange(0, BLOCK_P)
-        k = load_rows(K, keys, k_row, P, D, BLOCK_D)  # [BP, BD]
+        k = load_rows(K, keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
         allowed = valid(KeyMask, sample, keys, P, HAS_KEY_MASK)
         s = product(q, k, TRANSPOSED) * (scale * LOG2E)  # [BS, BP], transposed [BP, BS]
         s = tl.where(by_key(allowed, TRANSPOSED), s, -INF)
@@ -213,14 +218,16 @@ def forward_online(
             spread = shrink * (spread + l * (higher - m)) - tl.sum(p * tl.maximum(below, -NOTHING), KEYS)
         l = l * shrink + tl.sum(p, KEYS)
         m = higher
-        v = load_rows(V, keys, v_row, P, D, BLOCK_D)  # [BP, BD]
+        v = load_rows(V, keys, v_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
         if HAS_DROPOUT:
             p = tl.where(kept(Seed, head, first_query, first_key, P, threshold, BLOCK_S, BLOCK_P, TRANSPOSED), p, 0.0)
         output = accumulate(output * by_query(shrink, TRANSPOSED), p, v, TRANSPOSED)
 
     output *= by_query(reciprocal(l) * keep_scale, TRANSPOSED)
     output = tl.trans(output) if TRANSPOSED else output
-    store_rows(at_head(Output, head, H, output_batch, output_head), queries, output_row, S, output, D, BLOCK_D)
+    store_rows(
+        at_head(Output, head, H, output_batch, output_head, UNIT), queries, output_row, S, output, D, BLOCK_D, UNIT
+    )
     inside = queries < S
     store_row_statistics(Lse, MaxProbability, Entropy, row, inside, m, l, spread, HAS_MAX_PROBABILITY, HAS_ENTROPY)
 
@@ -231,7 +238,7 @@ def forward_online(
         query_sum = tl.zeros((BLOCK_S,), tl.float32)
         for first_key in tl.range(0, P, BLOCK_P, num_stages=STAGES):
             keys = first_key + tl.arange(0, BLOCK_P)
-            k = load_rows(K, keys, k_row, P, D, BLOCK_D)  # [BP, BD]
+            k = load_rows(K, keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
             allowed = valid(KeyMask, sample, keys, P, HAS_KEY_MASK)
             if HAS_HEAD_MASK:
                 allowed = allowed & (keys < end)
@@ -246,11 +253,12 @@ def forward_online(
             tl.store(QuerySum + row, query_sum, mask=queries < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def column_lse(
     Q, K, ColumnLse, QueryMask, HeadMask,
     q_batch, q_head, q_row, k_batch, k_head, k_row, H, S, P, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, TRANSPOSED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ColumnLse (B, H, P): log of the sum over valid queries of exp(s), -inf of none and where the head is off.
@@ -261,14 +269,14 @@ def column_lse(
     blocks = tl.cdiv(P, BLOCK_P)
     head = tl.program_id(0) // blocks  # b * H + h
     keys = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    Q = at_head(Q, head, H, q_batch, q_head)
+    Q = at_head(Q, head, H, q_batch, q_head, UNIT)
 
-    k = load_rows(at_head(K, head, H, k_batch, k_head), keys, k_row, P, D, BLOCK_D)  # [BP, BD]
+    k = load_rows(at_head(K, head, H, k_batch, k_head, UNIT), keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
     m = tl.full((BLOCK_P,), -NOTHING, tl.float32)
     l = tl.zeros((BLOCK_P,), tl.float32)
     for first_query in tl.range(0, length_if_on(HeadMask, head, S, HAS_HEAD_MASK), BLOCK_S, num_stages=STAGES):
         queries = first_query + tl.arange(0, BLOCK_S)
-        q = load_rows(Q, queries, q_row, S, D, BLOCK_D)  # [BS, BD]
+        q = load_rows(Q, queries, q_row, S, D, BLOCK_D, UNIT)  # [BS, BD]
         counted = valid(QueryMask, head // H, queries, S, HAS_QUERY_MASK)
         s = product(q, k, TRANSPOSED) * (scale * LOG2E)  # [BS, BP], transposed [BP, BS]
         s = tl.where(by_query(counted, TRANSPOSED), s, -INF)
@@ -278,11 +286,12 @@ def column_lse(
     tl.store(ColumnLse + head.to(tl.int64) * P + keys, log_sum_exp(m, l), mask=keys < P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_statistics(
     Q, K, Lse, KeySum, KeyMax, KeyMask, QueryMask, HeadMask,
     q_batch, q_head, q_row, k_batch, k_head, k_row, H, S, P, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, TRANSPOSED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr,
     HAS_KEY_SUM: tl.constexpr, HAS_KEY_MAX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -294,14 +303,14 @@ def key_statistics(
     blocks = tl.cdiv(P, BLOCK_P)
     head = tl.program_id(0) // blocks  # b * H + h
     keys = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    Q = at_head(Q, head, H, q_batch, q_head)
+    Q = at_head(Q, head, H, q_batch, q_head, UNIT)
 
-    k = load_rows(at_head(K, head, H, k_batch, k_head), keys, k_row, P, D, BLOCK_D)  # [BP, BD]
+    k = load_rows(at_head(K, head, H, k_batch, k_head, UNIT), keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
     total = tl.zeros((BLOCK_P,), tl.float32)
     highest = tl.zeros((BLOCK_P,), tl.float32)
     for first_query in tl.range(0, length_if_on(HeadMask, head, S, HAS_HEAD_MASK), BLOCK_S, num_stages=STAGES):
         queries = first_query + tl.arange(0, BLOCK_S)
-        q = load_rows(Q, queries, q_row, S, D, BLOCK_D)  # [BS, BD]
+        q = load_rows(Q, queries, q_row, S, D, BLOCK_D, UNIT)  # [BS, BD]
         counted = valid(QueryMask, head // H, queries, S, HAS_QUERY_MASK)
         lse2 = row_lse2(Lse, head.to(tl.int64) * S + queries, counted)
         p = tl.exp2(product(q, k, TRANSPOSED) * (scale * LOG2E) - by_query(lse2, TRANSPOSED))

@@ -59,9 +59,31 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: C
         kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
 
 
+def readable(x: Tensor) -> bool:
+    """Whether the kernels can read or write ``x`` as it lies: rows dense, and within 2**31 elements of their first."""
+    return (x.stride(-1) == 1 or x.shape[-1] == 1) and x.shape[-2] * x.stride(-2) < 2**31
+
+
 def dense(x: Tensor) -> Tensor:
-    """``x`` with a last dimension that is dense, as every kernel reads it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """``x``, or a copy that the kernels can read."""
+    return x if readable(x) else x.contiguous()
+
+
+def writable(x: Tensor) -> Tensor:
+    """``x``, or a stand-in for it whose values are to be copied."""
+    return x if readable(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def unit(*tensors: Tensor) -> int:
+    """Elements of 16 bytes where the strides and widths of all tensors are multiples of them, else 1."""
+    elements = 16 // max(x.element_size() for x in tensors)
+    multiples = all(n % elements == 0 for x in tensors for n in (*x.stride()[:-1], x.shape[-1]))
+    return elements if multiples else 1
+
+
+def strides(name: str, x: Tensor, unit: int) -> dict[str, int]:
+    """Strides of a (B, H, length, width) tensor as the kernels take them."""
+    return {f"{name}_{axis}": x.stride(i) // unit for i, axis in enumerate(("batch", "head", "row"))}
 
 
 def byte(mask: Tensor | None, stand_in: Tensor) -> Tensor:

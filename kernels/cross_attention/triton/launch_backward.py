@@ -13,7 +13,7 @@ from . import configs
 from .backward import backward_fused, backward_keys, backward_queries
 from .backward_rows import backward_columns, backward_rows
 from .configs import Config
-from .launch import byte, dense, run
+from .launch import byte, dense, run, strides, unit, writable
 
 PROGRAMS = 2  # of backward_fused that a multiprocessor holds at once
 INTERPRETED = 8  # multiprocessors that Triton's interpreter stands for
@@ -38,7 +38,7 @@ def backward(
     heads, block_d = B * H, max(16, 1 << (D - 1).bit_length())
     arch = configs.architecture(q.device)
     results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    dq, dk, dv = (x if dense(x) is x else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in results)
+    dq, dk, dv = map(writable, results)
     inputs = {"q": q, "k": k, "v": v, "o": found.output, "do": gradients.output}
     read = {name: dense(x) for name, x in inputs.items()}
     c = _by_head(gradients.key_attention, share(masks.query, S, masks.head, H, request), H)
@@ -64,8 +64,10 @@ def backward(
         "HAS_QUERY_MASK": masks.query is not None, "HAS_HEAD_MASK": masks.head is not None,
         "HAS_DROPOUT": request.dropout_p > 0,
     }  # fmt: skip
-    for name, tensor in (read | {"dq": dq, "dk": dk, "dv": dv}).items():
-        given |= dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), tensor.stride(), strict=False))
+    matrices = read | {"dq": dq, "dk": dk, "dv": dv}
+    given["UNIT"] = units = unit(*matrices.values())
+    for name, tensor in matrices.items():
+        given |= strides(name, tensor, units)
     for name, means in {"c": c, "u": u}.items():
         given[f"{name}_batch"], given[f"{name}_head"] = (0, 0) if means is None else means.stride()[:2]
 
@@ -92,7 +94,7 @@ def backward(
         splits = -(-blocks // each)
         parts = torch.empty((splits, B, H, S, D), dtype=torch.float32, device=q.device) if splits > 1 else dq[None]
         given |= {"GradQ": parts, "splits": splits, "split_keys": each * fused.block_p}
-        given |= dict(zip(("dq_split", "dq_batch", "dq_head", "dq_row"), parts.stride(), strict=False))
+        given |= {"dq_split": parts.stride(0) // units, **strides("dq", parts[0], units)}
         launch(backward_fused, splits, fused)
         if splits > 1:
             dq = parts.sum(0)

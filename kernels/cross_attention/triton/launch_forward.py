@@ -13,7 +13,7 @@ from ..request import Forward, Masks, Request, share
 from . import configs
 from .configs import Config
 from .forward import column_lse, forward_online, forward_single, key_statistics
-from .launch import byte, dense, run
+from .launch import byte, dense, run, strides, unit, writable
 
 # Above this many blocks of queries, key statistics come from a kernel of their own. A block's partial sums cost 8 bytes
 # a key, written and read again: 16 blocks cost what a key's own row does (128 bytes: half precision, D = 64), and their
@@ -24,11 +24,12 @@ MOST_PARTIALS = 16
 
 def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, seed: Tensor | None, request: Request) -> Forward:
     """What ``request`` asks for. Shapes, dtypes and masks as in ``request.py``; float16, bfloat16 or float32."""
-    B, H, S, D = q.shape
+    B, H, S, _ = q.shape
     P = k.shape[2]
     output = torch.empty_like(q)
     lse = _new(q, B, H, S)
-    call = _Call(dense(q), dense(k), dense(v), masks)
+    written = writable(output)
+    call = _Call(dense(q), dense(k), dense(v), written, masks)
     kernel, tile = forward_single, call.tile("forward_single")
     if tile is None:
         kernel, tile = forward_online, call.need("forward_online")
@@ -48,7 +49,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, seed: Tensor | None, 
         if not local:
             call.column_lse(columns, request)
 
-    written = output if output.stride(-1) == 1 or D == 1 else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arguments = {
         "V": call.v,
         "Output": written,
@@ -60,8 +60,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, seed: Tensor | None, 
         "QuerySum": _or(query_sum, lse),
         "ColumnLse": _or(columns, lse),
         "Seed": _or(seed, lse),
-        **_strides("v", call.v),
-        **_strides("output", written),
+        **strides("v", call.v, call.unit),
+        **strides("output", written, call.unit),
         "threshold": dropout.threshold(request.dropout_p) - 2**31 if request.dropout_p else 0,
         "keep_scale": 1.0 / (1.0 - request.dropout_p),
         "HAS_DROPOUT": request.dropout_p > 0,
@@ -92,8 +92,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, seed: Tensor | None, 
 class _Call:
     """One call's tensors, and how kernels are started on them."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, masks: Masks) -> None:
         self.q, self.k, self.v = q, k, v
+        self.unit = unit(q, k, v, output)
         B, H, S, D = q.shape
         self.heads, self.queries, self.keys = B * H, S, k.shape[2]
         self.width = max(16, triton.next_power_of_2(D))
@@ -103,12 +104,13 @@ class _Call:
             "KeyMask": byte(masks.key, q),
             "QueryMask": byte(masks.query, q),
             "HeadMask": byte(masks.head, q),
-            **_strides("q", q),
-            **_strides("k", k),
+            **strides("q", q, self.unit),
+            **strides("k", k, self.unit),
             "H": H,
             "S": S,
             "P": self.keys,
             "D": D,
+            "UNIT": self.unit,
             "BLOCK_D": self.width,
             "HAS_KEY_MASK": masks.key is not None,
             "HAS_QUERY_MASK": masks.query is not None,
@@ -162,7 +164,3 @@ def _new(q: Tensor, *shape: int) -> Tensor:
 def _or(x: Tensor | None, stand_in: Tensor) -> Tensor:
     """A pointer that is not read where there is nothing to point to."""
     return stand_in if x is None else x
-
-
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(("batch", "head", "row"))}

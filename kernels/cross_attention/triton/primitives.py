@@ -11,6 +11,18 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+# Not specialised: a kernel is compiled once for its flags and tile, whatever the lengths, and that is the binary that
+# was proven ahead of time. What the compiler has to know of strides it learns from UNIT: strides of matrices are in
+# units of 16 bytes wherever they are multiples of that, which the multiplication shows. Of an argument it would ask
+# only whether 16 divides it, and load a width of 72 two bytes at a time.
+SIZES = (
+    *("H", "S", "P", "splits", "split_keys", "threshold", "dq_split"),
+    *(
+        f"{x}_{axis}"
+        for x in ("q", "k", "v", "output", "o", "do", "dq", "dk", "dv", "c", "u")
+        for axis in ("batch", "head", "row")
+    ),
+)
 NOTHING = tl.constexpr(1e30)  # base-2 log-sum-exp of a row that attends to nothing: exp2(s - 1e30) is 0, never 0 * inf
 
 
@@ -25,9 +37,9 @@ def by_key(x, TRANSPOSED: tl.constexpr):  # [BP] -> broadcasts over a tile of lo
 
 
 @triton.jit
-def at_head(Start, head, H, batch_stride, head_stride):
-    """Where a head's matrix begins; ``head`` is b * H + h. In int64: a tensor may hold more than 2**31 elements."""
-    return Start + (head // H).to(tl.int64) * batch_stride + (head % H).to(tl.int64) * head_stride
+def at_head(Start, head, H, batch_stride, head_stride, UNIT: tl.constexpr):
+    """Where the matrix of a head begins; ``head`` is b * H + h. In int64, as a tensor may hold over 2**31 elements."""
+    return Start + ((head // H).to(tl.int64) * batch_stride + (head % H).to(tl.int64) * head_stride) * UNIT
 
 
 @triton.jit
@@ -39,22 +51,22 @@ def length_if_on(HeadMask, head, length, HAS_HEAD_MASK: tl.constexpr):
 
 
 @triton.jit
-def load_rows(Start, rows, stride, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(Start, rows, stride, count, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr):
     """[rows, BD] of a (count, D) matrix whose last dimension is dense; zeros beyond its edges."""
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < count)[:, None]
     if D != BLOCK_D:
         inside = inside & (columns < D)[None, :]
-    return tl.load(Start + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    return tl.load(Start + rows[:, None] * stride * UNIT + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(Start, rows, stride, count, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(Start, rows, stride, count, x, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < count)[:, None]
     if D != BLOCK_D:
         inside = inside & (columns < D)[None, :]
-    tl.store(Start + rows[:, None] * stride + columns[None, :], x.to(Start.dtype.element_ty), mask=inside)
+    tl.store(Start + rows[:, None] * stride * UNIT + columns[None, :], x.to(Start.dtype.element_ty), mask=inside)
 
 
 @triton.jit

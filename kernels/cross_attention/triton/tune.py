@@ -3,15 +3,17 @@
     python -m crossmask.kernels.cross_attention.triton.tune [--shape 30x577 ...] [--width 64] [--dtype bfloat16]
 
 Every kernel is timed where it is used: a whole forward or backward through the host functions, with this kernel's tile
-replaced, once plain and once with every statistic. Half an hour and more, most of it compiling. The table holds for
-GPUs of exactly this name, and for lengths with the same next power of two as those timed. It goes to
-~/.cache/crossmask/, or where CROSSMASK_ATTENTION_CONFIGS or --output says; launches look in the first two places.
+replaced: once plain, once with every statistic, once with masks and dropout too. Half an hour and more, most of it
+compiling. The table holds for GPUs of exactly this name, and for lengths with the same next power of two as those
+timed. It goes to ~/.cache/crossmask/, or where CROSSMASK_ATTENTION_CONFIGS or --output says; launches look in the first
+two places.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -63,7 +65,7 @@ def candidates(kernel: str, dtype: torch.dtype) -> Iterator[Config]:
 
 
 class Call:
-    """A forward and its backward at one shape, plain and with every statistic."""
+    """A forward and its backward at one shape: plain, with every statistic, and with masks and dropout too."""
 
     def __init__(
         self, queries: int, keys: int, width: int, dtype: torch.dtype, batch: int, heads: int, device: torch.device
@@ -76,22 +78,30 @@ class Call:
         self.k, self.v = draw(batch, heads, keys, width), draw(batch, heads, keys, width)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         scale = width**-0.5
-        self.requests = (Request(scale), Request(scale, 0.0, False, True, True, True, True, True))
-        self.found = [self._forward(request) for request in self.requests]
+        everything = Request(scale, 0.0, False, True, True, True, True, True)
+        lengths = (keys, queries, heads)
+        masks = Masks(*(torch.ones(batch, length, dtype=torch.bool, device=device) for length in lengths))
+        # the last needs the most registers and memory: a tile that it does not fit must not be chosen
+        self.requests = (
+            (Request(scale), Masks()),
+            (everything, Masks()),
+            (dataclasses.replace(everything, dropout_p=0.1), masks),
+        )
+        self.found = [self._forward(request, masks) for request, masks in self.requests]
 
-    def _forward(self, request: Request) -> Forward:
-        return launch_forward.forward(self.q, self.k, self.v, Masks(), self.seed, request)
+    def _forward(self, request: Request, masks: Masks) -> Forward:
+        return launch_forward.forward(self.q, self.k, self.v, masks, self.seed, request)
 
     def forward(self) -> None:
-        for request in self.requests:
-            self._forward(request)
+        for request, masks in self.requests:
+            self._forward(request, masks)
 
     def backward(self) -> None:
-        for request, found in zip(self.requests, self.found, strict=True):
+        for (request, masks), found in zip(self.requests, self.found, strict=True):
             # what the forward gave has the shapes of its gradients, and takes as long
             statistics = {name: getattr(found, name) for name in Gradients._fields[1:]} if request.entropy else {}
             gradients = Gradients(found.output, **statistics)
-            launch_backward.backward(gradients, self.q, self.k, self.v, found, Masks(), self.seed, request)
+            launch_backward.backward(gradients, self.q, self.k, self.v, found, masks, self.seed, request)
 
     def launches(self, way: str) -> dict[str, Config]:
         """The kernels that one way starts and their tiles, without starting them."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 VARIABLE = "CROSSMASK_ATTENTION_CONFIGS"
-DEFAULT = Path("~/.cache/crossmask/attention.json").expanduser()
+DEFAULT = Path(os.path.expanduser("~/.cache/crossmask/attention.json"))  # where there is no home, not an error
 REMEDY = "remove it, or write it again: python -m crossmask.kernels.cross_attention.triton.tune"
 Key = tuple[str, str, int, int, int]
 
@@ -24,7 +24,7 @@ Key = tuple[str, str, int, int, int]
 def path() -> Path | None:
     """The table that launches read; None where there is none. An empty variable switches it off."""
     if VARIABLE in os.environ:
-        return Path(os.environ[VARIABLE]).expanduser() if os.environ[VARIABLE] else None
+        return Path(os.path.expanduser(os.environ[VARIABLE])) if os.environ[VARIABLE] else None
     return DEFAULT if DEFAULT.exists() else None
 
 
