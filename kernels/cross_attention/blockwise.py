@@ -81,7 +81,8 @@ def _block(blocks: Blocks, group: Group, rows: slice, sums: _Sums, out: Tensor) 
     first = rows.start == 0
     invalid = None if group.invalid is None else blocks.rows(group.invalid, rows)
     counted = inverse if invalid is None else inverse.masked_fill(invalid, 0.0)
-    if request.key_attention:
+    together = request.key_attention and request.query_attention and blocks.whole  # one product for both
+    if request.key_attention and not together:
         key_sum = sums.of("key_sum", group)
         torch.baddbmm(key_sum, counted, blocks.by_rows(e), beta=0 if first else 1, out=key_sum)
     if request.key_max:
@@ -91,7 +92,8 @@ def _block(blocks: Blocks, group: Group, rows: slice, sums: _Sums, out: Tensor) 
         key_max = sums.of("key_max", group)
         key_max.copy_(largest if first else torch.maximum(key_max, largest))
     if request.query_attention:
-        _columns(blocks, group, rows, e, peak if invalid is None else peak.masked_fill(invalid, MASKED), sums)
+        peak = peak if invalid is None else peak.masked_fill(invalid, MASKED)
+        _columns(blocks, group, rows, e, peak, sums, counted if together else None)
 
 
 def _spare(blocks: Blocks, of_rows: Tensor) -> Tensor:
@@ -109,8 +111,13 @@ def _output(blocks: Blocks, group: Group, rows: slice, e: Tensor, inverse: Tenso
         torch.mul(torch.bmm(blocks.by_rows(e), group.v_factor), inverse.mT, out=out)
 
 
-def _columns(blocks: Blocks, group: Group, rows: slice, e: Tensor, peak: Tensor, sums: _Sums) -> None:
-    """Adds some rows to the column sums and, with all at hand, divides by them. ``peak`` is MASKED where invalid."""
+def _columns(
+    blocks: Blocks, group: Group, rows: slice, e: Tensor, peak: Tensor, sums: _Sums, counted: Tensor | None
+) -> None:
+    """Adds some rows to the column sums and, with all at hand, divides by them. ``peak`` is MASKED where invalid.
+
+    With ``counted`` (g, 1, S), a row's factor in the key sums, these come from the same product.
+    """
     column, highest = sums.of("column", group), sums.of("highest", group)
     top = peak.amax(2, keepdim=True)
     if rows.start > 0:
@@ -118,7 +125,12 @@ def _columns(blocks: Blocks, group: Group, rows: slice, e: Tensor, peak: Tensor,
         column.mul_((highest - top).exp2_())
     highest.copy_(top)
     a = (peak - top).exp2_()
-    torch.baddbmm(column, a, blocks.by_rows(e), beta=0 if rows.start == 0 else 1, out=column)
+    if counted is None:
+        torch.baddbmm(column, a, blocks.by_rows(e), beta=0 if rows.start == 0 else 1, out=column)
+    else:
+        found = torch.bmm(torch.cat((counted, a), 1), blocks.by_rows(e))  # (g, 2, P)
+        sums.of("key_sum", group).copy_(found[:, :1])
+        column.copy_(found[:, 1:])
     if blocks.whole:
         if group.masked is not None:
             column.masked_fill_(group.masked, torch.inf)
