@@ -458,3 +458,16 @@ def test_long_axes_as_shipped(S: int, P: int) -> None:
     wanted = reference.forward(*(value.double() for value in x), valid, None, request)
     for told in ("output", *STATISTICS):
         assert apart(getattr(found, told), getattr(wanted, told)) < 1e-5, told
+
+
+def test_memory_kept_between_calls_holds_no_result() -> None:
+    """Blocks are worked on in memory that the thread keeps; what a call returned must not change with the next."""
+    torch.manual_seed(0)
+    x, y = (torch.randn(2, 3, 40, 16) for _ in range(2))
+    first = cross_attention(x, x, x, statistics=("entropy", "key_attention"), impl="blockwise")
+    kept = [z.clone() for z in (first.output, first.statistics.entropy, first.statistics.key_attention)]
+    held = {place: memory.data_ptr() for place, memory in blocks._kept.memory.items()}
+    cross_attention(y, y, y, statistics=("entropy", "key_attention"), impl="blockwise")
+    for before, z in zip(kept, (first.output, first.statistics.entropy, first.statistics.key_attention), strict=True):
+        assert torch.equal(before, z)
+    assert held == {place: memory.data_ptr() for place, memory in blocks._kept.memory.items()}

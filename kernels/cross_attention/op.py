@@ -60,21 +60,8 @@ def forward_op(
 
 
 @forward_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    head_mask: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    per_head: bool,
-    statistics: Sequence[str],
-    impl: str,
-    check_finite: bool,
-) -> tuple[Tensor, ...]:
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    scale, dropout_p, per_head, statistics = others[4:8]
     return _empty(q, k, request(scale, dropout_p, per_head, statistics))
 
 
