@@ -17,19 +17,23 @@ import torch
 import triton
 from ahead_of_time import Job, specialise
 
+from crossmask.kernels import launch
 from crossmask.kernels.cross_attention.request import Forward, Gradients, Masks, Request
-from crossmask.kernels.cross_attention.triton import configs, launch, launch_backward, launch_forward
+from crossmask.kernels.cross_attention.triton import configs, launch_backward, launch_forward
 
 BATCH, HEADS = 64, 12
 FEW = 1  # samples, whose heads do not fill a GPU: backward_fused then shares out the keys
 WIDTHS = (16, 32, 64, 128, 256)
+LINKED_WIDTHS = (64, 128)  # that are compiled with a link mask too
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EVERYTHING = dict.fromkeys(("max_probability", "entropy", "key_attention", "query_attention", "key_max"), True)
-VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {  # what is asked for, and whether there are masks
-    "plain": ({}, False),
-    "statistics": (EVERYTHING, True),
-    "dropout": (EVERYTHING | {"dropout_p": 0.1}, True),
-    "per_head": (EVERYTHING | {"dropout_p": 0.1, "per_head": True}, True),
+MASKS = ("key", "query", "head")
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # what is asked for, and which masks there are
+    "plain": ({}, ()),
+    "statistics": (EVERYTHING, MASKS),
+    "dropout": (EVERYTHING | {"dropout_p": 0.1}, MASKS),
+    "per_head": (EVERYTHING | {"dropout_p": 0.1, "per_head": True}, MASKS),
+    "links": (EVERYTHING | {"dropout_p": 0.1}, (*MASKS, "link")),
 }
 TILE = ("BLOCK_S", "BLOCK_P", "BLOCK_D", "TRANSPOSED", "STAGES", "D")
 
@@ -71,7 +75,7 @@ def launches(
     arch: str, d: int, dtype: torch.dtype, queries: int, keys: int, variant: str, batch: int = BATCH
 ) -> list[launch.Launch]:
     """Everything that one forward and one backward start on ``arch``."""
-    asked, masked = VARIANTS[variant]
+    asked, which = VARIANTS[variant]
     request = Request(scale=d**-0.5, **asked)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -79,8 +83,8 @@ def launches(
 
     q = empty(batch, HEADS, queries, d, dtype=dtype)
     k, v = empty(batch, HEADS, keys, d, dtype=dtype), empty(batch, HEADS, keys, d, dtype=dtype)
-    lengths = (keys, queries, HEADS)
-    masks = Masks(*(empty(batch, length, dtype=torch.bool) for length in lengths)) if masked else Masks()
+    lengths = {"key": (keys,), "query": (queries,), "head": (HEADS,), "link": (queries, keys)}
+    masks = Masks(**{name: empty(batch, *lengths[name], dtype=torch.bool) for name in which})
     seed = empty(1, dtype=torch.int64)
     with configs.assuming(arch), launch.recording() as recorded:
         found = launch_forward.forward(q, k, v, masks, seed, request)
@@ -103,7 +107,7 @@ def cases(archs: Iterable[str], widths: Iterable[int], kernels: Sequence[str] = 
     found: dict[str, tuple[Row, Job]] = {}
     for arch, width in itertools.product(archs, widths):
         for d, dtype, variant in sampled(arch, width):
-            for queries, keys, batch in shapes(arch, width, DTYPES[dtype]):
+            for queries, keys, batch in shapes(arch, width, DTYPES[dtype], variant == "links"):
                 for one in launches(arch, d, DTYPES[dtype], queries, keys, variant, batch):
                     if not kernels or one.kernel.fn.__name__ in kernels:
                         row, job = describe(one, arch, width, d, dtype, variant)
@@ -116,6 +120,8 @@ def sampled(arch: str, width: int) -> Iterator[tuple[int, str, str]]:
     yield from ((width, dtype, "dropout") for dtype in ("bfloat16", "float32"))
     if arch != "sm_89":  # but for 8-bit floats the twin of sm_86
         yield width, "bfloat16", "plain"
+    if width in LINKED_WIDTHS:
+        yield from ((width, dtype, "links") for dtype in ("bfloat16", "float32"))
     if width == 64 and arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
         yield width, "bfloat16", "statistics"
     if width == 64 and arch in ("sm_80", "sm_90"):
@@ -126,9 +132,9 @@ def sampled(arch: str, width: int) -> Iterator[tuple[int, str, str]]:
         yield 72, "bfloat16", "dropout"  # SigLIP-so400m's: no multiple of 16
 
 
-def shapes(arch: str, width: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
+def shapes(arch: str, width: int, dtype: torch.dtype, links: bool = False) -> Iterator[tuple[int, int, int]]:
     """Queries, keys and samples that reach every tile; no length is a multiple of 16, which would be exploited."""
-    tiles = [tile for kernel in configs.KERNELS for tile in configs.tiles(kernel, arch, width, dtype)]
+    tiles = [tile for kernel in configs.KERNELS for tile in configs.tiles(kernel, arch, width, dtype, links)]
     queries = sorted({tile.block_s - 1 for tile in tiles} | {577})
     keys = sorted({tile.block_p - 1 for tile in tiles} | {577})
     yield from ((*lengths, BATCH) for lengths in itertools.product(queries, keys))

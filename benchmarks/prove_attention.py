@@ -19,114 +19,23 @@ if __name__ == "__main__":
         del os.environ[name]  # the interpreter replaces the kernels; dumps and overrides would change what is compiled
 
 import argparse
-import concurrent.futures
-import csv
 import dataclasses
-import hashlib
-import importlib
-import io
 import itertools
-import json
-import multiprocessing
 import sys
-import time
-import tokenize
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import proof
 import triton
-from ahead_of_time import PROCESSORS, Figures, Job, compile
+from ahead_of_time import PROCESSORS, Job
 from attention_launches import BATCH, DTYPES, FEW, VARIANTS, WIDTHS, Row, cases, describe, launches
 
 from crossmask.kernels.cross_attention.triton import configs
 
-ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "benchmarks/static/cross_attention.csv"
-SUMMARY = TABLE.with_suffix(".md")
-PARTIAL = TABLE.with_name(TABLE.name + ".partial")  # what a run that was cut short, or asked for a part, has found
-FIGURES = (
-    "registers",
-    "spill_bytes",
-    "shared_bytes",
-    "shared_limit",
-    "blocks_per_processor",
-    "tensor_memory",
-    "matrix",
-)
-FIGURES += ("wide_loads", "code_bytes")
-
-
-def work(job: Job) -> Figures:
-    module, name = job.kernel.split(":")
-    return compile(job, getattr(importlib.import_module(module), name))
-
-
-def filled(row: Row, found: Figures) -> Row:
-    return dataclasses.replace(
-        row,
-        registers=found.registers,
-        spill_bytes=found.spill,
-        shared_bytes=found.shared,
-        shared_limit=found.shared_limit,
-        blocks_per_processor=found.ctas,
-        tensor_memory=found.tensor_memory,
-        matrix=" ".join(f"{name}:{count}" for name, count in sorted(found.matrix.items())),
-        wide_loads=found.wide_loads,
-        code_bytes=found.code,
-    )
-
-
-def compiled(
-    todo: Sequence[tuple[Row, Job]], processes: int, known: Mapping[tuple[str, str], Row], strict: bool = True
-) -> Iterator[Row]:
-    """Rows in order, with progress on stderr. ``strict``: a compile that fails ends it, and says which."""
-    start, count = time.monotonic(), sum((row.job, row.source) not in known for row, _ in todo)
-    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = {row.job: pool.submit(work, job) for row, job in todo if (row.job, row.source) not in known}
-        done = 0
-        for row, _ in todo:
-            if row.job not in futures:
-                before = known[row.job, row.source]
-                yield dataclasses.replace(row, **{name: getattr(before, name) for name in FIGURES})
-                continue
-            try:
-                found = futures[row.job].result()
-            except Exception as error:
-                what = f"{row.kernel} {row.arch} {row.dtype} D={row.d} {label(row.tile)} {row.flags}: {error!r:.300}"
-                if strict or isinstance(error, concurrent.futures.BrokenExecutor):
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise SystemExit(what) from error
-                print(what, file=sys.stderr)
-                continue
-            finally:
-                done += 1
-            left = (time.monotonic() - start) / done * (count - done)
-            print(f"\r{done}/{count} compiles, {left / 60:.1f} min left ", end="", file=sys.stderr, flush=True)
-            yield filled(row, found)
-    print(file=sys.stderr)
-
-
-def again(jobs: set[str], processes: int) -> list[Row]:
-    """Rows of the committed table, compiled from what is launched now."""
-    places = sorted({(row.arch, row.width) for row in read()[1] if row.job in jobs})
-    todo = [case for place in places for case in cases(place[:1], place[1:]) if case[0].job in jobs]
-    if missing := jobs - {row.job for row, _ in todo}:
-        raise SystemExit(f"nothing that is launched today is compiled as {sorted(missing)}: the table is stale")
-    return list(compiled(todo, processes, {}))
-
 
 def violations(row: Row) -> list[str]:
     """What is wrong with a compile; nothing, for all that ships."""
-    wrong = []
-    if row.spill_bytes:
-        wrong.append(f"{row.spill_bytes} bytes of registers spilled")
-    if row.shared_bytes > row.shared_limit:
-        wrong.append(f"{row.shared_bytes} bytes of shared memory, limit {row.shared_limit}")
-    if row.tensor_memory > 512:
-        wrong.append(f"{row.tensor_memory} columns of tensor memory, limit 512")
-    if row.blocks_per_processor < 1:
-        wrong.append("does not fit a multiprocessor")
+    wrong = proof.misfits(row)
     multiplies = row.kernel != "backward_rows" or not {"key", "max"}.isdisjoint(
         row.flags.split()
     )  # else sums rows alone
@@ -143,66 +52,15 @@ def violations(row: Row) -> list[str]:
     return wrong
 
 
-def fingerprint() -> str:
-    """Of the sources, comments and blank lines aside, and of Triton: a table with another one is stale."""
-    digest = hashlib.sha256(triton.__version__.encode())
-    house = ROOT / "kernels/cross_attention"
-    kernels = sorted(path for path in (house / "triton").glob("*.py") if path.name != "tune.py")
-    here = [Path(__file__).with_name(f"{name}.py") for name in ("ahead_of_time", "attention_launches")]
-    for path in [house / "request.py", *kernels, *here]:
-        lines = path.read_text().splitlines()
-        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
-            if token.type == tokenize.COMMENT:
-                lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
-        digest.update("\n".join(line.rstrip() for line in lines if line.strip()).encode())
-    return digest.hexdigest()[:16]
-
-
 def order(row: Row) -> tuple[Any, ...]:
     place = [*PROCESSORS].index(row.arch), configs.KERNELS.index(row.kernel), [*DTYPES].index(row.dtype)
     return *place, row.width, dataclasses.astuple(row.tile), [*VARIANTS].index(row.variant), row.d, row.flags, row.job
 
 
-COLUMNS = {field.name: field.type for field in dataclasses.fields(Row)}
-
-
-def write(rows: Sequence[Row]) -> None:
-    TABLE.parent.mkdir(exist_ok=True)
-    with TABLE.open("w", newline="") as file:
-        file.write(f"# made by benchmarks/prove_attention.py from {fingerprint()} with Triton {triton.__version__}\n")
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(dataclasses.asdict(row) for row in rows)
-    SUMMARY.write_text(summary(rows))
-    PARTIAL.unlink(missing_ok=True)
-
-
-def read() -> tuple[str, list[Row]]:
-    """The fingerprint that the committed table was made from, and its rows."""
-    with TABLE.open(newline="") as file:
-        made_from = file.readline().split(" from ")[1].split()[0]
-        return made_from, [parsed(line) for line in csv.DictReader(file)]
-
-
-def parsed(line: Mapping[str, str]) -> Row:
-    kinds: dict[str, Any] = {"int": int, "str": str, "bool": "True".__eq__}
-    return Row(**{name: kinds[str(kind)](line[name]) for name, kind in COLUMNS.items()})
-
-
-def known() -> dict[tuple[str, str], Row]:
-    """What earlier runs found, by what it depends on. A table with other columns is of no use."""
-    rows: list[Row] = []
-    for path in (TABLE, PARTIAL):
-        if path.exists():
-            lines = (line for line in path.read_text().splitlines() if not line.startswith("#"))
-            reader = csv.DictReader(lines, None if path == TABLE else list(COLUMNS))
-            rows += [parsed(line) for line in reader if set(line) == set(COLUMNS) and None not in line.values()]
-    return {(row.job, row.source): row for row in rows}
-
-
 def summary(rows: Sequence[Row]) -> str:
     """The table for people: the worst of each tile's compiles."""
-    made = f"Triton {triton.__version__}, {len(rows)} compiles; every figure is in [cross_attention.csv]({TABLE.name})."
+    name = "cross_attention.csv"
+    made = f"Triton {triton.__version__}, {len(rows)} compiles; every figure is in [{name}]({name})."
     text = [
         "# What the compiler makes of the cross-attention kernels",
         "",
@@ -239,6 +97,31 @@ def label(tile: configs.Config) -> str:
     return f"{tile.block_s}x{tile.block_p}{'T' if tile.transposed else ''} w{tile.warps} s{tile.stages}"
 
 
+def line(row: Row) -> str:
+    return f"{row.kernel} {row.arch} {row.dtype} D={row.d} {label(row.tile)} {row.flags}"
+
+
+KERNELS = proof.ROOT / "kernels"
+PROOF: proof.Proof[Row] = proof.Proof(
+    name="cross_attention",
+    script="prove_attention.py",
+    row=Row,
+    sources=[
+        KERNELS / "launch.py",
+        KERNELS / "cross_attention/request.py",
+        *sorted(path for path in (KERNELS / "cross_attention/triton").glob("*.py") if path.name != "tune.py"),
+        *(proof.ROOT / f"benchmarks/{name}.py" for name in ("ahead_of_time", "attention_launches")),
+    ],
+    describe=line,
+    violations=violations,
+    order=order,
+    summary=summary,
+)
+TABLE = PROOF.table
+SUMMARY = TABLE.with_suffix(".md")
+fingerprint, read = PROOF.fingerprint, PROOF.read
+
+
 # ---- search
 
 
@@ -271,7 +154,7 @@ def search(
                     row, job = describe(one, arch, width, width, dtype, variant)
                     todo |= {row.job: (row, job)} if row.kernel == kernel else {}
     groups: dict[configs.Config, list[Row]] = {}
-    for row in compiled(list(todo.values()), processes, {}, strict=False):
+    for row in PROOF.compiled(list(todo.values()), processes, {}, strict=False):
         groups.setdefault(row.tile, []).append(row)
 
     def rank(item: tuple[configs.Config, list[Row]]) -> tuple[Any, ...]:
@@ -293,8 +176,7 @@ def search(
 
 def main() -> int:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--processes", type=int, default=2)
-    parse.add_argument("--fresh", action="store_true", help="compile what did not change, too")
+    proof.arguments(parse)
     parse.add_argument(
         "--kernel", action="append", default=[], help="compile these alone; prints, and leaves the table"
     )
@@ -304,7 +186,6 @@ def main() -> int:
     parse.add_argument("--dtype", default="bfloat16", choices=[*DTYPES], help="with --search")
     parse.add_argument("--variant", nargs="+", default=["dropout"], choices=[*VARIANTS], help="with --search")
     parse.add_argument("--tiles", help='with --search, such as "32x64 64x64T,w8,s1"')
-    parse.add_argument("--again", metavar="JOB", nargs="+", help="compile these rows of the table, and print JSON")
     options = parse.parse_args()
     archs, widths = options.arch or [*PROCESSORS], options.width or WIDTHS
     if options.search:
@@ -315,32 +196,12 @@ def main() -> int:
             search(options.search, arch, width, options.dtype, tiles, options.variant, options.processes)
         return 0
     if options.again:
-        print(json.dumps([dataclasses.asdict(row) for row in again(set(options.again), options.processes)]))
+        places = sorted({(row.arch, row.width) for row in PROOF.read()[1] if row.job in options.again})
+        launched = [case for place in places for case in cases(place[:1], place[1:])]
+        PROOF.again(options.again, launched, options.processes)
         return 0
-    partial = bool(options.kernel or options.arch or options.width)
-    rows = []
-    TABLE.parent.mkdir(exist_ok=True)
-    before = {} if options.fresh else known()
-    with PARTIAL.open("a", newline="") as file:
-        for row in compiled(cases(archs, widths, options.kernel), options.processes, before):
-            rows.append(row)
-            if (row.job, row.source) not in before:
-                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(dataclasses.asdict(row))
-                file.flush()
-            if wrong := violations(row):
-                print(
-                    f"\r{row.kernel} {row.arch} {row.dtype} D={row.d} {label(row.tile)} {row.flags}: {'; '.join(wrong)}"
-                )
-    rows.sort(key=order)
-    if partial:
-        print(summary(rows))
-    else:
-        write(rows)
-        print(f"{TABLE.relative_to(ROOT)}: {len(rows)} compiles")
-    bad = sum(bool(violations(row)) for row in rows)
-    if bad:
-        print(f"{bad} of {len(rows)} compiles break a rule", file=sys.stderr)
-    return 1 if bad else 0
+    whole = not (options.kernel or options.arch or options.width)
+    return PROOF.prove(cases(archs, widths, options.kernel), whole, options)
 
 
 def tile_of(text: str) -> configs.Config:

@@ -2,15 +2,19 @@
 
 from .cross_attention import AttentionStatistics, CrossAttentionOutput, cross_attention
 from .ema import ema_update_
+from .max_similarity import MaxSimilarity, max_similarity
 from .soft_contrastive import soft_contrastive
 from .soft_cross_entropy import soft_cross_entropy
-from .topk_mask import topk_mask
+from .topk_mask import Selection, topk_mask
 
 __all__ = [
     "AttentionStatistics",
     "CrossAttentionOutput",
+    "MaxSimilarity",
+    "Selection",
     "cross_attention",
     "ema_update_",
+    "max_similarity",
     "soft_contrastive",
     "soft_cross_entropy",
     "topk_mask",

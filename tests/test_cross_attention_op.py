@@ -31,6 +31,13 @@ def masks(B: int = 2, H: int = 2, S: int = 5, P: int = 7) -> tuple[Tensor, ...]:
     return key, query, head
 
 
+def links(B: int = 2, S: int = 5, P: int = 7) -> Tensor:
+    """The first query has none in any sample."""
+    link = torch.rand(B, S, P, device=DEVICE) < 0.6
+    link[:, 0] = False
+    return link
+
+
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("statistics", [(), ("entropy",), STATISTICS], ids=len)
 @pytest.mark.parametrize("masked", [False, True])
@@ -40,8 +47,9 @@ def test_opcheck(impl: str, masked: bool, statistics: tuple[str, ...], per_head:
     q, k, v = (x.requires_grad_() for x in inputs())
     key_mask, query_mask, head_mask = masks() if masked else (None, None, None)
     seed, dropout_p = (torch.tensor([7], device=DEVICE), 0.2) if masked else (None, 0.0)
-    request = (0.25, dropout_p, per_head, list(statistics), impl)
-    arguments = (q, k, v, key_mask, query_mask, head_mask, seed, *request, False)
+    link_mask = links() if masked else None
+    request = (0.25, dropout_p, per_head, not masked, list(statistics), impl)
+    arguments = (q, k, v, key_mask, query_mask, head_mask, link_mask, seed, *request, False)
     torch.library.opcheck(torch.ops.crossmask.cross_attention.default, arguments)
 
     output, lse, max_probability, entropy, key, query, _key_max, column = (
@@ -52,7 +60,7 @@ def test_opcheck(impl: str, masked: bool, statistics: tuple[str, ...], per_head:
     torch.library.opcheck(
         torch.ops.crossmask.cross_attention_backward.default,
         (*gradients, q.detach(), k.detach(), v.detach(), output, lse, max_probability, entropy, column,
-         key_mask, query_mask, head_mask, seed, *request),
+         key_mask, query_mask, head_mask, link_mask, seed, *request),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
@@ -126,7 +134,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     with torch.autocast(DEVICE, dtype=dtype):
         found = cross_attention(q, k.to(dtype), v, statistics=("entropy",))
         direct = torch.ops.crossmask.cross_attention(
-            q, k, v, None, None, None, None, 0.25, 0.0, False, ["entropy"], "triton" if GPU else "blockwise", False
+            q, k, v, *(None,) * 5, 0.25, 0.0, False, True, ["entropy"], "triton" if GPU else "blockwise", False
         )
     assert found.output.dtype == direct[0].dtype == dtype
     assert found.statistics.entropy.dtype == torch.float32
@@ -163,7 +171,7 @@ def test_transforms_are_refused_and_the_reference_has_them() -> None:
     ):
         with pytest.raises(NotImplementedError, match=REFUSED):
             refused()
-    rest = (None, None, None, None, 0.25, 0.0, False, ["lse"], "blockwise", False)
+    rest = (*(None,) * 5, 0.25, 0.0, False, True, ["lse"], "blockwise", False)
     with pytest.raises(NotImplementedError, match=REFUSED):
         torch.vmap(lambda q: torch.ops.crossmask.cross_attention(q[None], k[:1], v[:1], *rest)[0])(q)
     k, v = k[:1].expand_as(k), v[:1].expand_as(v)

@@ -17,10 +17,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from crossmask.kernels.cross_attention.triton import configs, launch, tune, tuned
+from crossmask.kernels import launch
+from crossmask.kernels.cross_attention.triton import configs, tune, tuned
 from crossmask.kernels.cross_attention.triton.configs import Config
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks/prove_attention.py"
+LINKED_WIDTHS = (64, 128)
 REMEDY = "python benchmarks/prove_attention.py"
 GPU = "Quiet GPU 9000"
 
@@ -82,7 +84,8 @@ def test_the_rules_see_what_is_wrong(rows: list) -> None:
 
 
 def test_every_tile_that_a_launch_can_get_was_compiled(rows: list) -> None:
-    """With all statistics, masks and dropout; in half precision also with nothing but the output."""
+    """With all statistics, masks and dropout; in half precision also with nothing but the output; with links at the
+    widths they are compiled for."""
     compiled = defaultdict(set)
     for row in rows:
         compiled[row.kernel, row.arch, row.width, row.dtype, row.variant].add(row.tile)
@@ -92,8 +95,10 @@ def test_every_tile_that_a_launch_can_get_was_compiled(rows: list) -> None:
         # three are launched for a statistic alone, and sm_89 is sm_86 but for 8-bit floats
         if kernel not in ("column_lse", "key_statistics", "backward_columns") and arch != "sm_89":
             wanted.append(("bfloat16", "plain"))
+        if width in LINKED_WIDTHS:
+            wanted += [("bfloat16", "links"), ("float32", "links")]
         for dtype, variant in wanted:
-            tiles = set(configs.tiles(kernel, arch, width, prove.DTYPES[dtype]))
+            tiles = set(configs.tiles(kernel, arch, width, prove.DTYPES[dtype], variant == "links"))
             if absent := tiles - compiled[kernel, arch, width, dtype, variant]:
                 missing.append((kernel, arch, width, dtype, variant, absent))
     assert not missing

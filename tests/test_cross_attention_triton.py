@@ -59,7 +59,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     ) -> Forward:
         """With ``single`` where the keys fit into it, else ``online``, which also gives the other kernels' blocks."""
 
-        def select(kernel: str, arch: str, width: int, dtype: torch.dtype, queries: int, keys: int) -> Config | None:
+        def select(
+            kernel: str, arch: str, width: int, dtype: torch.dtype, queries: int, keys: int, links: bool
+        ) -> Config | None:
+            assert links == (masks.link is not None)
             fits = single is not None and keys <= single.block_p
             return (single if fits else None) if kernel == "forward_single" else online
 

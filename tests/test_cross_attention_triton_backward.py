@@ -15,9 +15,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from crossmask.kernels import launch
 from crossmask.kernels.cross_attention import dropout
 from crossmask.kernels.cross_attention.request import Forward, Gradients, Masks, Request
-from crossmask.kernels.cross_attention.triton import configs, launch, launch_backward
+from crossmask.kernels.cross_attention.triton import configs, launch_backward
 from crossmask.kernels.cross_attention.triton.configs import Config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,25 +11,39 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from crossmask.kernels import topk_mask
+from crossmask.kernels.topk_mask import Selection, topk_mask
+from crossmask.kernels.topk_mask.request import fixed_point, largest_share, share_of
 
 NAN, INF = math.nan, math.inf
+pytestmark = pytest.mark.filterwarnings("ignore:topk_mask. NaN:RuntimeWarning")  # tests/test_topk_mask_op.py has it
+
+
+def chosen(
+    row: list[float],
+    ratio: float | None,
+    valid: list[bool] | None,
+    threshold: float | None,
+    largest: bool,
+    k: int | None = None,
+) -> list[int]:
+    """The rules of the docstring, read literally; the ratio is the decimal number it is written as."""
+    allowed = [i for i in range(len(row)) if valid is None or valid[i]]
+    if ratio is not None:
+        k = math.floor(Fraction(str(ratio)) * len(allowed))
+        k = max(k, 1) if ratio > 0 and allowed else k
+    numbers = [i for i in allowed if not math.isnan(row[i])]
+    order = sorted(numbers, key=lambda i: -row[i] if largest else row[i])  # stable: ties stay in the order of the row
+    marked = (order + [i for i in allowed if math.isnan(row[i])])[:k]
+    if threshold is not None:
+        marked = [i for i in marked if (row[i] > threshold if largest else row[i] < threshold)]
+    return sorted(marked)
 
 
 def expected(
     row: list[float], ratio: float, valid: list[bool] | None, threshold: float | None, largest: bool
 ) -> list[bool]:
-    """The rules of the docstring, read literally; the ratio is the decimal number it is written as."""
-    allowed = [i for i in range(len(row)) if valid is None or valid[i]]
-    k = math.floor(Fraction(str(ratio)) * len(allowed))
-    if ratio > 0 and allowed:
-        k = max(k, 1)
-    numbers = [i for i in allowed if not math.isnan(row[i])]
-    order = sorted(numbers, key=lambda i: -row[i] if largest else row[i])  # stable: ties stay in the order of the row
-    chosen = set((order + [i for i in allowed if math.isnan(row[i])])[:k])
-    if threshold is not None:
-        chosen = {i for i in chosen if (row[i] > threshold if largest else row[i] < threshold)}
-    return [i in chosen for i in range(len(row))]
+    marked = chosen(row, ratio, valid, threshold, largest)
+    return [i in marked for i in range(len(row))]
 
 
 def found(
@@ -153,18 +167,122 @@ def test_equals_a_stable_sort(
     assert found(row, ratio, valid, threshold, largest) == expected(row, ratio, valid, threshold, largest)
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.1, NAN])
-def test_ratio_outside_its_range(ratio: float) -> None:
-    with pytest.raises(ValueError, match=r"ratio must lie in \[0, 1\], got"):
-        topk_mask(torch.zeros(1, 4), ratio=ratio)
+IMPLEMENTATIONS = [None, "reference"]  # None: native where the extension was built
 
 
-def test_shapes_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"scores must be a floating \(rows, positions\) tensor.*\(4,\)"):
-        topk_mask(torch.zeros(4), ratio=0.5)
-    with pytest.raises(ValueError, match=r"scores must be a floating.*int64"):
-        topk_mask(torch.zeros(1, 4, dtype=torch.int64), ratio=0.5)
-    with pytest.raises(ValueError, match=r"valid must be bool \(1, 4\), got torch.bool \(1, 3\)"):
-        topk_mask(torch.zeros(1, 4), ratio=0.5, valid=torch.ones(1, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"valid must be bool.*float32"):
-        topk_mask(torch.zeros(1, 4), ratio=0.5, valid=torch.ones(1, 4))
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.integers(1, 40).flatmap(lambda n: st.lists(st.lists(NUMBERS, min_size=n, max_size=n), max_size=3)),
+    by=st.sampled_from(["k", "rows of k", "ratio", "rows of ratio", "threshold"]),
+    seed=st.integers(0, 2**16),
+    masked=st.booleans(),
+    threshold=st.one_of(st.none(), st.sampled_from([0.0, -0.0, 1.0, INF, -INF, NAN]), st.floats(-2, 2)),
+    largest=st.booleans(),
+)
+def test_selection_equals_a_stable_sort(
+    impl: str | None,
+    rows: list[list[float]],
+    by: str,
+    seed: int,
+    masked: bool,
+    threshold: float | None,
+    largest: bool,
+) -> None:
+    """Mask, indices, count and NaN for every way to say how many, the amount another one in each row."""
+    generator = random.Random(seed)
+    n = len(rows[0]) if rows else 5
+    valid = [[generator.random() < 0.6 for _ in row] for row in rows]
+    ks = [generator.randint(0, n) for _ in rows]
+    ratios = [generator.choice([0, 1, 1000, generator.randint(0, 1000)]) / 1000 for _ in rows]
+    if not by.startswith("rows"):
+        ks, ratios = ks[:1] * len(ks), ratios[:1] * len(ks)
+    amount = {
+        "k": {"k": ks[0] if ks else 3},
+        "rows of k": {"k": torch.tensor(ks, dtype=torch.int64)},
+        "ratio": {"ratio": ratios[0] if ratios else 0.3},
+        "rows of ratio": {"ratio": torch.tensor(ratios, dtype=torch.float64)},
+        "threshold": {},
+    }[by]
+    if by == "threshold" and threshold is None:
+        threshold = 0.5
+    selection = topk_mask(
+        torch.tensor(rows, dtype=torch.float64).reshape(len(rows), n),
+        **amount,
+        valid=torch.tensor(valid, dtype=torch.bool).reshape(len(rows), n) if masked else None,
+        threshold=threshold,
+        largest=largest,
+        return_indices=True,
+        impl=impl,
+    )
+    assert isinstance(selection, Selection)
+    columns = selection.indices.shape[1]
+    if by in ("k", "ratio"):
+        assert columns == (amount["k"] if by == "k" else len(chosen([0.0] * n, amount["ratio"], None, None, True)))
+    else:
+        assert columns == n
+    for b, row in enumerate(rows):
+        allowed = valid[b] if masked else None
+        ratio = ratios[b] if "ratio" in by else None
+        marked = chosen(row, ratio, allowed, threshold, largest, ks[b] if "k" in by else None)
+        assert selection.mask[b].nonzero()[:, 0].tolist() == marked
+        assert selection.indices[b].tolist() == marked + [-1] * (columns - len(marked))
+        assert selection.count[b] == len(marked)
+        assert selection.nan[b] == sum(math.isnan(x) for i, x in enumerate(row) if not masked or valid[b][i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("tenths", range(11))
+def test_rows_of_ratios_round_as_one_ratio(tenths: int, dtype: torch.dtype) -> None:
+    """In float32, 0.7 is less than 0.7, and yet 7 of 10."""
+    for n in (1, 3, 10, 30, 100, 577, 16384):
+        mask = topk_mask(torch.randn(1, n), ratio=torch.tensor([tenths / 10], dtype=dtype))
+        assert int(mask.sum()) == (max(1, tenths * n // 10) if tenths else 0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_mean_of_partials(impl: str | None) -> None:
+    partials = torch.tensor([[[1.0, 5.0, 2.0, NAN], [4.0, -3.0, 2.0, 9.0]]])  # means 2.5, 1, 2, NaN
+    assert topk_mask(partials, k=2, impl=impl).tolist() == [[True, False, True, False]]
+    assert topk_mask(partials, threshold=2.25, impl=impl).tolist() == [[True, False, False, False]]
+    assert topk_mask(partials, k=4, return_indices=True, impl=impl).nan.tolist() == [1]
+    one = torch.randn(3, 1, 50)
+    assert torch.equal(topk_mask(one, ratio=0.4, impl=impl), topk_mask(one[:, 0], ratio=0.4, impl=impl))
+    big = torch.tensor([[[3e38, 1.0], [3e38, 2.0]]])  # the sum overflows, as a sum in float32 does
+    assert topk_mask(big, threshold=3.3e38, impl=impl).tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_partials_are_added_in_their_order_in_float32(impl: str | None) -> None:
+    """(1 + 2^24) - 2^24 is 0 in float32; another order, or a wider sum, gives 1. Half precision is widened first."""
+    partials = torch.tensor([[[1.0, 0.25], [2.0**24, 0.25], [-(2.0**24), 0.25]]])
+    assert topk_mask(partials, k=1, impl=impl).tolist() == [[False, True]]
+    assert topk_mask(partials.double(), k=1, impl=impl).tolist() == [[True, False]]
+    half = torch.tensor([[[256.0, 257.5], [1.0, 0.0]]])
+    assert topk_mask(half.bfloat16(), k=1, impl=impl).tolist() == [[False, True]]  # 257.5 is 258 there; 257 stays
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_sum_is_multiplied_by_a_rounded_share(impl: str | None) -> None:
+    """Not divided: float32(1/3) x is not always x / 3, and implementations have to agree to the last bit."""
+    x = torch.arange(1.0, 200.0)
+    mean = x * torch.tensor(1 / 3)
+    assert not torch.equal(mean, x / 3)
+    partials = torch.stack([x, x * 0, x * 0])[None].expand(1, 3, len(x))
+    for i in range(0, len(x), 7):
+        lower = float(torch.nextafter(mean[i], torch.tensor(0.0)))
+        assert int(topk_mask(partials, threshold=float(mean[i]), impl=impl).sum()) == len(x) - i - 1
+        assert int(topk_mask(partials, threshold=lower, impl=impl).sum()) == len(x) - i
+
+
+def test_share_of_very_long_rows() -> None:
+    """Counts at which the product of a ratio and a count would leave 64 bits."""
+    count = torch.tensor([2**14, 2**20, 2**31 + 7, 2**38, 0])
+    for ratio in (0.0, 1e-15, 1e-6, 0.3, 0.5, 1.0):
+        fixed = fixed_point(ratio)
+        assert isinstance(fixed, int)
+        exact = [min(max(c * fixed >> 48, min(1, c, fixed)), c) for c in count.tolist()]
+        assert share_of(fixed, count).tolist() == exact
+        assert share_of(torch.tensor([fixed]), count).tolist() == exact
+        assert [largest_share(fixed, c) for c in count.tolist()] == exact
+    assert int(share_of(torch.tensor(fixed_point(0.3)), torch.tensor(10**9))) == 3 * 10**8

@@ -25,7 +25,7 @@ class AttentionStatistics:
     not asked. All are of the weights before dropout.
 
     With ``per_head`` the last three keep their head dimension: (B, H, P) and (B, H, S), means and maxima over valid
-    positions alone.
+    positions alone. With ``normalise=False`` the two means are sums over the same weights.
     """
 
     lse: Tensor | None = None  # (B, H, S) natural log of the sum over keys of exp(scale q.k); -inf if there is no key
@@ -50,11 +50,13 @@ def cross_attention(
     query_mask: Tensor | None = None,
     head_mask: Tensor | None = None,
     *,
+    link_mask: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     statistics: Collection[str] = (),
     per_head: bool = False,
+    normalise: bool = True,
     check_finite: bool | None = None,
     impl: Implementation | None = None,
 ) -> CrossAttentionOutput:
@@ -67,6 +69,9 @@ def cross_attention(
             must be finite.
         query_mask: (B, S) bool, True = count in the key and query statistics. It never changes the output.
         head_mask: (H,) or (B, H) bool, True = on. A head that is off gives zeros and counts in no mean.
+        link_mask: (B, S, P) or (1, S, P) bool, True = this query may attend to this key, in every head: segment,
+            causal, sequence-to-sequence or token-to-token masks. A row without a link gives zeros, as one without
+            keys; the softmax over queries is over those with a link to the key, and without any counts as zero.
         scale: factor on the logits, a number; default ``D ** -0.5``. Multiply ``q`` by a learned one.
         dropout_p: probability of dropping a weight, in [0, 1); what is kept is divided by ``1 - dropout_p``. Pass 0
             when evaluating.
@@ -75,6 +80,9 @@ def cross_attention(
         statistics: any of ``lse``, ``max_probability``, ``entropy``, ``key_attention``, ``query_attention``,
             ``key_max``. What is not asked for costs nothing.
         per_head: key and query statistics for every head, instead of their mean (maximum) over heads.
+        normalise: False: ``key_attention`` and ``query_attention`` are sums over valid positions, and over heads unless
+            ``per_head``, instead of means. Per head, and with as many queries as fit one block, ``triton`` then
+            launches nothing after the attention; ``topk_mask`` takes the heads' mean itself.
         check_finite: raise where NaN or infinity of an input reaches the result. None looks where that needs no
             synchronisation: on a CPU, outside torch.compile. In compiled code True works for ``triton`` and
             ``blockwise`` alone.
@@ -98,30 +106,31 @@ def cross_attention(
     check_types(q, k, v, scale, dropout_p, dropout_seed)
     q, k, v = op.autocast(q, k, v)
     names = check_names(statistics)
-    head_mask = check(q, k, v, key_mask, query_mask, head_mask)
+    head_mask = check(q, k, v, key_mask, query_mask, head_mask, link_mask)
     chosen = choose(impl, q.device, q.dtype, names, dropout_p)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if check_finite is None:
         check_finite = finite.costs_nothing(q)
     if chosen in PLAIN:
         attend = F.scaled_dot_product_attention if chosen == "sdpa" else _eager
-        output = _plain(q, k, v, key_mask, head_mask, scale, attend)
+        output = _plain(q, k, v, key_mask, head_mask, link_mask, scale, attend)
         if check_finite and not torch.compiler.is_compiling():
             finite.check(q, k, v, output, None)
         return CrossAttentionOutput(output, AttentionStatistics())
 
     seed = _seed(dropout_seed, q.device) if dropout_p else None
     if chosen == "reference":
-        request = op.request(scale, dropout_p, per_head, names)
+        request = op.request(scale, dropout_p, per_head, normalise, names)
         with op.no_autocast(q.device.type):
-            found = reference.forward(q, k, v, Masks(key_mask, query_mask, head_mask), seed, request)
+            found = reference.forward(q, k, v, Masks(key_mask, query_mask, head_mask, link_mask), seed, request)
         if check_finite and not torch.compiler.is_compiling():
             finite.check(q, k, v, found.output, found.lse)
     else:
         op.refuse_transforms(q, k, v)
         found = Forward(
             *torch.ops.crossmask.cross_attention(
-                q, k, v, key_mask, query_mask, head_mask, seed, scale, dropout_p, per_head, names, chosen, check_finite
+                *(q, k, v, key_mask, query_mask, head_mask, link_mask, seed),
+                *(scale, dropout_p, per_head, bool(normalise), names, chosen, check_finite),
             )
         )
     told = {name: getattr(found, name) for name in names}
@@ -129,12 +138,22 @@ def cross_attention(
 
 
 def _plain(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, head_mask: Tensor | None, scale: float, attend: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    head_mask: Tensor | None,
+    link_mask: Tensor | None,
+    scale: float,
+    attend: Any,
 ) -> Tensor:
     """Output alone, by PyTorch's attention ``attend``."""
     keys = None if key_mask is None else key_mask[:, None, None, :]
     on = None if head_mask is None else head_mask[:, :, None, None]
     allowed = on if keys is None else keys if on is None else keys & on
+    if link_mask is not None:
+        links = link_mask[:, None]
+        allowed = links if allowed is None else allowed & links
     if allowed is None:
         output: Tensor = attend(q, k, v, attn_mask=None, scale=scale)
         return output

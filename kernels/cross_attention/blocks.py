@@ -45,6 +45,7 @@ class Group(NamedTuple):
     masked: Tensor | None  # (g, 1, P) bool
     invalid: Tensor | None  # (g, 1, S) bool, queries that do not count
     dead: Tensor | None  # (g, 1, 1) bool, heads that attend to nothing
+    closed: Tensor | None  # (g, 1, P) bool, keys that are masked or that no valid query has a link to
 
 
 class Blocks:
@@ -83,6 +84,14 @@ class Blocks:
         self._masked = self._of_groups(None if masks.key is None else ~masks.key[:, None])
         self._invalid = self._of_groups(None if masks.query is None else ~masks.query[:, None])
         self._dead = self._of_groups(None if self.dead is None else self.dead[..., None])
+        self._unlinked, unreached = self._links(masks)
+        self.links = masks.link is not None
+        self.unreached = unreached  # (B or 1, P) bool, keys that no valid query has a link to
+        closed = self._masked
+        if unreached is not None:
+            every = unreached if masks.key is None else unreached | ~masks.key
+            closed = self._of_groups(every.expand(self.samples, -1)[:, None])
+        self._closed = closed
         self._q, self._k, self._v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
     def group(self, number: int) -> Group:
@@ -96,8 +105,33 @@ class Blocks:
         factors = (k, v) if self.half else (logit_k, self.cast(v))
         bias = None if masked is None else masked.to(self.dtype).mul_(MASKED)
         return Group(
-            number, self._q[number], logit_k, *factors, bias, masked, self._invalid[number], self._dead[number]
+            *(number, self._q[number], logit_k, *factors, bias, masked, self._invalid[number], self._dead[number]),
+            self._closed[number],
         )
+
+    def _links(self, masks: Masks) -> tuple[Tensor | None, Tensor | None]:
+        """Where there is no link, (B or 1, S, P) and laid out as blocks are; keys that no valid query has one to."""
+        if masks.link is None:
+            return None, None
+        link = masks.link[:1] if masks.link.stride(0) == 0 else masks.link
+        unreached = None
+        if self.request.query_attention:
+            unreached = ~(link if masks.query is None else link & masks.query[..., None]).any(1)
+        unlinked = ~link
+        return (unlinked.mT.contiguous().mT if self.transposed else unlinked), unreached
+
+    def _without_links(self, s: Tensor, group: Group, rows: slice) -> Tensor:
+        """s, a block of logits, with MASKED where there is no link."""
+        if self._unlinked is None:
+            return s
+        first = sum(self.sizes[: group.number])
+        each = min(self.heads, s.shape[0])  # heads of a sample that the group holds
+        sample = first // self.heads
+        samples = slice(sample, sample + s.shape[0] // each) if len(self._unlinked) > 1 else slice(0, 1)
+        off = self._unlinked[samples, rows, :]
+        off = (off.mT if self.transposed else off)[:, None]
+        s.view(-1, each, *s.shape[1:]).masked_fill_(off, MASKED)
+        return s
 
     def cast(self, x: Tensor) -> Tensor:
         """In the dtype of statistics."""
@@ -170,7 +204,8 @@ class Blocks:
     def logits(self, buffer: int, group: Group, rows: slice) -> Tensor:
         """Base-2 logits."""
         q = self.cast(group.q if self.whole else group.q[:, rows])
-        return self.product(buffer, q, group.k, self.request.scale * LOG2E, group.bias)
+        s = self.product(buffer, q, group.k, self.request.scale * LOG2E, group.bias)
+        return self._without_links(s, group, rows)
 
     def in_half(self, block: Tensor, factor: Tensor | float) -> Tensor:
         """factor * block in half precision."""

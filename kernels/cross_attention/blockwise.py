@@ -76,6 +76,8 @@ def _block(blocks: Blocks, group: Group, rows: slice, sums: _Sums, out: Tensor) 
         surprise = blocks.rows(sums.of("surprise", group), rows)
         torch.sum(s.mul_(e), along_keys, keepdim=True, out=blocks.over_queries(surprise))
     inverse = total.reciprocal() if group.dead is None else total.reciprocal().masked_fill_(group.dead, 0.0)
+    if blocks.links:  # a row without any has MASKED for its largest logit, and weights of one
+        inverse.masked_fill_(peak == MASKED, 0.0)
     _output(blocks, group, rows, e, inverse, out)
 
     first = rows.start == 0
@@ -132,8 +134,8 @@ def _columns(
         sums.of("key_sum", group).copy_(found[:, :1])
         column.copy_(found[:, 1:])
     if blocks.whole:
-        if group.masked is not None:
-            column.masked_fill_(group.masked, torch.inf)
+        if group.closed is not None:
+            column.masked_fill_(group.closed, torch.inf)
         query_sum = sums.of("query_sum", group)
         torch.bmm(column.reciprocal(), blocks.by_rows(e).mT, out=query_sum)
         query_sum.mul_(a)
@@ -148,8 +150,8 @@ def _finish_columns(blocks: Blocks, sums: _Sums) -> None:
     for number in range(len(blocks.sizes)):
         group = blocks.group(number)
         column = sums.of("column", group)
-        if group.masked is not None:
-            column.masked_fill_(group.masked, torch.inf)
+        if group.closed is not None:
+            column.masked_fill_(group.closed, torch.inf)
         if on_cpu and not bool(column.amin() < SMALLEST_COLUMN):
             column.log2_().add_(sums.of("highest", group))
             if blocks.whole:
@@ -163,7 +165,7 @@ def _finish_columns(blocks: Blocks, sums: _Sums) -> None:
 
 
 def _exact_columns(blocks: Blocks, group: Group, column: Tensor) -> None:
-    """log2 of the sum over valid queries of 2^s, each key relative to its own largest logit; inf for masked keys."""
+    """log2 of the sum over valid queries of 2^s, each key relative to its own largest logit; inf for closed keys."""
     highest, total = torch.full_like(column, 2 * MASKED), torch.zeros_like(column)
     for rows in blocks.row_slices:
         s = blocks.logits(0, group, rows)
@@ -174,18 +176,22 @@ def _exact_columns(blocks: Blocks, group: Group, column: Tensor) -> None:
         total.mul_((highest - top).exp2_()).add_(e.sum(blocks.query_axis).unsqueeze(1))
         highest = top
     torch.add(highest, total.log2_(), out=column)
-    if group.masked is not None:
-        column.masked_fill_(group.masked, torch.inf)
+    if group.closed is not None:
+        column.masked_fill_(group.closed, torch.inf)
 
 
 def _result(blocks: Blocks, sums: _Sums, output: Tensor, masks: Masks) -> Forward:
     """Statistics from sums, in place: fresh memory costs page faults. Dead heads get their values here."""
     request, dead = blocks.request, blocks.dead
+    alone = (sums.peak == MASKED).view(blocks.samples, blocks.heads, -1) if blocks.links else None  # without a link
     B, H, S, P = blocks.samples, blocks.heads, blocks.queries, blocks.keys
 
     def wiped(x: Tensor, value: float = 0.0) -> Tensor:
         x = x.view(B, H, -1)
         return x if dead is None else x.masked_fill_(dead[..., None], value)
+
+    def wiped_rows(x: Tensor, value: float = 0.0) -> Tensor:
+        return wiped(x, value) if alone is None else wiped(x, value).masked_fill_(alone, value)
 
     def mean(x: Tensor, valid: Tensor | None, length: int) -> Tensor:
         one = share(valid, length, masks.head, H, request, blocks.dtype)
@@ -195,11 +201,11 @@ def _result(blocks: Blocks, sums: _Sums, output: Tensor, masks: Masks) -> Forwar
 
     inverse = sums.total.reciprocal() if request.max_probability or request.entropy else None
     log_total = sums.total.log2_()
-    lse = wiped(sums.peak.add_(log_total).mul_(LN2), -torch.inf)
+    lse = wiped_rows(sums.peak.add_(log_total).mul_(LN2), -torch.inf)
     entropy = key_attention = query_attention = key_max = column_lse = None
     if request.entropy:
         assert inverse is not None
-        entropy = wiped(torch.addcmul(log_total, sums.surprise, inverse, value=-1).mul_(LN2))
+        entropy = wiped_rows(torch.addcmul(log_total, sums.surprise, inverse, value=-1).mul_(LN2))
     if request.key_attention:
         key_attention = mean(wiped(sums.key_sum), masks.query, S)
     if request.key_max:
@@ -209,11 +215,13 @@ def _result(blocks: Blocks, sums: _Sums, output: Tensor, masks: Masks) -> Forwar
         if masks.query is not None:
             query_sum.masked_fill_(~masks.query[:, None], 0.0)
             column_lse.masked_fill_(~masks.query.any(1)[:, None, None], -torch.inf)
+        if blocks.unreached is not None:
+            column_lse.masked_fill_(blocks.unreached[:, None], -torch.inf)
         query_attention = mean(query_sum, masks.key, P)
     return Forward(
         output,
         lse,
-        wiped(inverse) if request.max_probability and inverse is not None else None,
+        wiped_rows(inverse) if request.max_probability and inverse is not None else None,
         entropy,
         key_attention,
         query_attention,

@@ -59,6 +59,7 @@ def check(
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     head_mask: Tensor | None,
+    link_mask: Tensor | None = None,
 ) -> Tensor | None:
     """Refuse what does not fit; returns the head mask as (B, H)."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
@@ -84,14 +85,17 @@ def check(
         ("key_mask", key_mask, (B, k.shape[2]), "attend"),
         ("query_mask", query_mask, (B, S), "count"),
         ("head_mask", head_mask, (B, H), "on"),
+        ("link_mask", link_mask, (B, S, k.shape[2]), "linked"),
     ):
         if mask is None:
             continue
         if not isinstance(mask, Tensor):
             raise TypeError(f"{name} must be a bool tensor {shape}, got {type(mask).__name__}")
-        if mask.dtype != torch.bool or mask.shape != shape:
-            wanted = f"bool {shape}" + (f" or {(H,)}" if name == "head_mask" else "")
-            hint = f": True = {true}, so mask.bool()" if mask.dtype != torch.bool and mask.shape == shape else ""
+        fitting = [shape, (1, *shape[1:])] if name == "link_mask" else [shape]
+        if mask.dtype != torch.bool or mask.shape not in fitting:
+            other = {"head_mask": f" or {(H,)}", "link_mask": f" or {(1, *shape[1:])}"}.get(name, "")
+            wanted = f"bool {shape}{other}"
+            hint = f": True = {true}, so mask.bool()" if mask.dtype != torch.bool and mask.shape in fitting else ""
             raise ValueError(f"{name} must be {wanted}, got {mask.dtype} {tuple(mask.shape)}{hint}")
         if mask.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {mask.device}")

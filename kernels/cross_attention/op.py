@@ -16,14 +16,14 @@ from torch import Tensor
 from . import finite
 from .request import Forward, Gradients, Masks, Request
 
-_MASKS = "Tensor? key_mask, Tensor? query_mask, Tensor? head_mask, Tensor? dropout_seed"
-_REQUEST = "float scale, float dropout_p, bool per_head, str[] statistics, str impl"
+_MASKS = "Tensor? key_mask, Tensor? query_mask, Tensor? head_mask, Tensor? link_mask, Tensor? dropout_seed"
+_REQUEST = "float scale, float dropout_p, bool per_head, bool normalise, str[] statistics, str impl"
 _NO_SECOND = "cross_attention has no second derivatives; impl='reference' has"
 
 
-def request(scale: float, dropout_p: float, per_head: bool, statistics: Sequence[str]) -> Request:
+def request(scale: float, dropout_p: float, per_head: bool, normalise: bool, statistics: Sequence[str]) -> Request:
     flags = {name: True for name in statistics if name != "lse"}  # lse is always there
-    return Request(scale, dropout_p, per_head, **flags)
+    return Request(scale, dropout_p, per_head, normalise=normalise, **flags)
 
 
 @torch.library.custom_op(
@@ -40,16 +40,18 @@ def forward_op(
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     head_mask: Tensor | None,
+    link_mask: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
     dropout_p: float,
     per_head: bool,
+    normalise: bool,
     statistics: Sequence[str],
     impl: str,
     check_finite: bool,
 ) -> tuple[Tensor, ...]:
-    asked = request(scale, dropout_p, per_head, statistics)
-    masks = Masks(key_mask, query_mask, head_mask)
+    asked = request(scale, dropout_p, per_head, normalise, statistics)
+    masks = Masks(key_mask, query_mask, head_mask, link_mask)
     if q.shape[0] == 0:
         return _empty(q, k, asked)
     with no_autocast(q.device.type):
@@ -61,8 +63,7 @@ def forward_op(
 
 @forward_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    scale, dropout_p, per_head, statistics = others[4:8]
-    return _empty(q, k, request(scale, dropout_p, per_head, statistics))
+    return _empty(q, k, request(*others[5:10]))
 
 
 def _empty(q: Tensor, k: Tensor, asked: Request) -> tuple[Tensor, ...]:
@@ -113,14 +114,16 @@ def backward_op(
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     head_mask: Tensor | None,
+    link_mask: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
     dropout_p: float,
     per_head: bool,
+    normalise: bool,
     statistics: Sequence[str],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    asked = request(scale, dropout_p, per_head, statistics)
+    asked = request(scale, dropout_p, per_head, normalise, statistics)
     found = Forward(
         output,
         lse,
@@ -131,7 +134,7 @@ def backward_op(
     gradients = Gradients(
         grad_output, grad_lse, grad_max_probability, grad_entropy, grad_key_attention, grad_query_attention
     )
-    masks = Masks(key_mask, query_mask, head_mask)
+    masks = Masks(key_mask, query_mask, head_mask, link_mask)
     if q.shape[0] == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     with no_autocast(q.device.type):
@@ -162,7 +165,7 @@ def _module(impl: str, backward: bool) -> Any:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, key_mask, query_mask, head_mask, dropout_seed, *request_fields, _check_finite = inputs
+    q, k, v, key_mask, query_mask, head_mask, link_mask, dropout_seed, *request_fields, _check_finite = inputs
     found = Forward(*output)
     asked = request(*request_fields[:-1])
     told = {name: getattr(found, name) for name in ("max_probability", "entropy", "key_attention", "query_attention")}
@@ -171,14 +174,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(found.key_max, found.column_lse, *constant)
     ctx.save_for_backward(
         *(q, k, v, found.output, found.lse, found.max_probability, found.entropy, found.column_lse),
-        *(key_mask, query_mask, head_mask, dropout_seed),
+        *(key_mask, query_mask, head_mask, link_mask, dropout_seed),
     )
     ctx.request_fields = request_fields
 
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     by_output, by_lse, by_max, by_entropy, by_key, by_query = gradients[:6]
-    nothing = (None,) * 10
+    nothing = (None,) * 12
     if all(gradient is None for gradient in gradients[:6]):
         return (None, None, None, *nothing)
     if by_output is None:

@@ -24,6 +24,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, seed: Tensor | None, 
         allowed = allowed & masks.key[:, None, None, :]
     if masks.head is not None:
         allowed = allowed & masks.head[:, :, None, None]
+    if masks.link is not None:
+        allowed = allowed & masks.link[:, None]
     counted = torch.ones(B, S, dtype=torch.bool, device=q.device) if masks.query is None else masks.query
 
     s = s.masked_fill(~allowed, -torch.inf)
@@ -60,7 +62,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, seed: Tensor | None, 
         t = s.masked_fill(~counted[:, None, :, None], -torch.inf)
         column = torch.logsumexp(t, dim=2)  # (B, H, P)
         finite = torch.where(column == -torch.inf, torch.zeros_like(column), column)
-        r = torch.exp(t - finite[:, :, None])  # zero for masked keys: their logits are -inf
+        r = torch.exp(t - finite[:, :, None])  # zero without a key or link: logits of -inf
         total = (r if request.per_head else r.sum(1, keepdim=True)).sum(3)  # (B, H or 1, S)
         query_attention = _over_heads(total, masks.key, P, masks.head, H, request)
     return Forward(output, lse, max_probability, entropy, key_attention, query_attention, key_max, column)

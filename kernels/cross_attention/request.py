@@ -32,6 +32,7 @@ class Request:
     key_attention: bool = False
     query_attention: bool = False
     key_max: bool = False
+    normalise: bool = True  # key_attention and query_attention are means; False: sums over the same weights
 
 
 class Masks(NamedTuple):
@@ -40,6 +41,7 @@ class Masks(NamedTuple):
     key: Tensor | None = None  # (B, P) keys that may be attended to
     query: Tensor | None = None  # (B, S) queries that count in key and query statistics; the output never changes
     head: Tensor | None = None  # (B, H) heads that are on; one that is off attends to nothing and counts nowhere
+    link: Tensor | None = None  # (B, S, P) or (1, S, P) keys that a query may attend to, in every head
 
 
 class Forward(NamedTuple):
@@ -52,7 +54,7 @@ class Forward(NamedTuple):
     key_attention: Tensor | None = None  # (B, P), per head (B, H, P)
     query_attention: Tensor | None = None  # (B, S), per head (B, H, S)
     key_max: Tensor | None = None  # (B, P), per head (B, H, P)
-    column_lse: Tensor | None = None  # (B, H, P) log of the sum over valid queries; with query_attention, for backward
+    column_lse: Tensor | None = None  # (B, H, P) log of the sum over valid queries with a link; for the backward
 
 
 class Gradients(NamedTuple):
@@ -74,7 +76,7 @@ def share(
     request: Request,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor | float:
-    """What one weight counts in a mean over valid positions, and over heads unless ``per_head``.
+    """What one weight counts in a mean over valid positions, and over heads unless ``per_head``; 1.0 in a sum.
 
     Args:
         valid: (B, length) bool or None, the positions the mean runs over.
@@ -83,6 +85,8 @@ def share(
     Returns:
         A float, or (B, 1) of ``dtype``; a mean over nothing divides by one.
     """
+    if not request.normalise:
+        return 1.0
     positions = length if valid is None else valid.sum(1, keepdim=True)
     count = 1 if request.per_head else head_count if heads is None else heads.sum(1, keepdim=True)
     total = positions * count

@@ -1,3 +1,3 @@
-from .api import topk_mask
+from .api import Selection, topk_mask
 
-__all__ = ["topk_mask"]
+__all__ = ["Selection", "topk_mask"]

@@ -5,6 +5,7 @@ For one sample and head, with queries i, keys j and everything that may be missi
     s_ij      scale q_i·k_j
     p_ij      softmax of s over the allowed keys;   Z_ij = kept_ij / (1 - dropout)
     r_ij      softmax of s over the valid queries; 0 for other queries and for keys that are not allowed
+              (a link mask is part of s: -inf, so that p and r are 0 and nothing flows)
     g, e, x   gradients of lse, entropy and max_probability, one for each query
     c_j, u_i  gradients of key_attention and query_attention times what one weight counts in them (``request.share``)
     w_i       1 for valid queries, else 0
@@ -53,10 +54,12 @@ from .primitives import (
     LOG2E,
     NOTHING,
     SIZES,
+    UNLINKED,
     at_head,
     by_key,
     by_query,
     kept,
+    linked,
     load_rows,
     product,
     row_lse2,
@@ -92,7 +95,7 @@ def row_terms(
 @triton.jit
 def column_terms(
     C, ColumnLse, Tau, head, keys, P, counted,
-    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_TAU: tl.constexpr,
+    HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr, HAS_TAU: tl.constexpr, HAS_LINK_MASK: tl.constexpr,
 ):  # fmt: skip
     """What ds takes from its keys, each [BP]: c, base-2 column log-sum-exp and τ, or stand-ins."""
     inside, at = keys < P, head.to(tl.int64) * P + keys
@@ -101,7 +104,7 @@ def column_terms(
     if HAS_KEY:
         c = tl.load(C + keys, mask=inside, other=0.0)
     if HAS_QUERY:
-        column2 = column_lse2(ColumnLse, at, counted)
+        column2 = column_lse2(ColumnLse, at, counted, HAS_LINK_MASK)
     if HAS_TAU:
         tau = tl.load(Tau + at, mask=inside, other=0.0)
     return c, column2, tau
@@ -141,14 +144,15 @@ def logit_gradient(
 @triton.jit(do_not_specialize=SIZES)
 def backward_fused(
     Q, K, V, GradOutput, Lse, ColumnLse, GradEntropy, C, U, Rho, Peak, Argmax,
-    KeyMask, QueryMask, HeadMask, Seed, GradQ, GradK, GradV,
+    KeyMask, QueryMask, HeadMask, LinkMask, link_batch, link_row, Seed, GradQ, GradK, GradV,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dq_split, dq_batch, dq_head, dq_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     c_batch, c_head, u_batch, u_head,
     H, S, P, splits, split_keys, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, UNIT: tl.constexpr,
     HAS_MAX: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr,
+    HAS_LINK_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv where S <= BLOCK_S. ``splits`` programs for each head, with ``split_keys`` keys each (a multiple of
@@ -172,6 +176,8 @@ def backward_fused(
         k = load_rows(K, keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
         v = load_rows(V, keys, v_row, P, D, BLOCK_D, UNIT)
         s2 = product(q, k, TRANSPOSED) * (scale * LOG2E)
+        if HAS_LINK_MASK:
+            s2 = linked(s2, LinkMask, head // H, link_batch, link_row, rows, keys, S, P, UNLINKED, TRANSPOSED)
         p = weights(s2, lse2, counted, TRANSPOSED)
         pz = p
         if HAS_DROPOUT:
@@ -184,7 +190,7 @@ def backward_fused(
         if HAS_DROPOUT:
             dp = tl.where(keep, dp * keep_scale, 0.0)
         # read again for every block, from the L1 cache: held in registers throughout the loop they would spill
-        column = column_terms(C, ColumnLse, ColumnLse, head, keys, P, counted, HAS_KEY, HAS_QUERY, False)
+        column = column_terms(C, ColumnLse, ColumnLse, head, keys, P, counted, HAS_KEY, HAS_QUERY, False, HAS_LINK_MASK)
         row = row_terms(
             Rho, Peak, Argmax, GradEntropy, U, QueryMask, head, H, rows, S, lse2,
             HAS_MAX, HAS_ENTROPY, HAS_QUERY, HAS_QUERY_MASK,
@@ -206,13 +212,14 @@ def backward_fused(
 @triton.jit(do_not_specialize=SIZES)
 def backward_queries(
     Q, K, V, GradOutput, Lse, ColumnLse, Tau, GradEntropy, C, U, Rho, Peak, Argmax,
-    KeyMask, QueryMask, HeadMask, Seed, GradQ,
+    KeyMask, QueryMask, HeadMask, LinkMask, link_batch, link_row, Seed, GradQ,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dq_batch, dq_head, dq_row, c_batch, c_head, u_batch, u_head,
     H, S, P, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, UNIT: tl.constexpr,
     HAS_MAX: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr,
+    HAS_LINK_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq. A program per block of queries, sweeping the keys."""
@@ -235,9 +242,11 @@ def backward_queries(
     for start in tl.range(0, P, BLOCK_P, num_stages=STAGES):
         keys = start + tl.arange(0, BLOCK_P)  # [BP]
         counted = allowed(KeyMask, HeadMask, head, H, keys, P, HAS_KEY_MASK, HAS_HEAD_MASK)
-        column = column_terms(C, ColumnLse, Tau, head, keys, P, counted, HAS_KEY, HAS_QUERY, HAS_QUERY)
+        column = column_terms(C, ColumnLse, Tau, head, keys, P, counted, HAS_KEY, HAS_QUERY, HAS_QUERY, HAS_LINK_MASK)
         k = load_rows(K, keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
         s2 = product(q, k, TRANSPOSED) * (scale * LOG2E)
+        if HAS_LINK_MASK:
+            s2 = linked(s2, LinkMask, head // H, link_batch, link_row, rows, keys, S, P, UNLINKED, TRANSPOSED)
         p = weights(s2, lse2, counted, TRANSPOSED)
         dp = product(do, load_rows(V, keys, v_row, P, D, BLOCK_D, UNIT), TRANSPOSED)
         if HAS_DROPOUT:
@@ -258,13 +267,14 @@ def backward_queries(
 @triton.jit(do_not_specialize=SIZES)
 def backward_keys(
     Q, K, V, GradOutput, Lse, ColumnLse, Tau, GradEntropy, C, U, Rho, Peak, Argmax,
-    KeyMask, QueryMask, HeadMask, Seed, GradK, GradV,
+    KeyMask, QueryMask, HeadMask, LinkMask, link_batch, link_row, Seed, GradK, GradV,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, c_batch, c_head, u_batch, u_head,
     H, S, P, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, UNIT: tl.constexpr,
     HAS_MAX: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY: tl.constexpr, HAS_QUERY: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr,
+    HAS_LINK_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. A program per block of keys, sweeping the queries."""
@@ -277,7 +287,7 @@ def backward_keys(
     U = at_head(U, head, H, u_batch, u_head, 1)
     counted = allowed(KeyMask, HeadMask, head, H, keys, P, HAS_KEY_MASK, HAS_HEAD_MASK)
     C = at_head(C, head, H, c_batch, c_head, 1)
-    column = column_terms(C, ColumnLse, Tau, head, keys, P, counted, HAS_KEY, HAS_QUERY, HAS_QUERY)
+    column = column_terms(C, ColumnLse, Tau, head, keys, P, counted, HAS_KEY, HAS_QUERY, HAS_QUERY, HAS_LINK_MASK)
     k = load_rows(at_head(K, head, H, k_batch, k_head, UNIT), keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
     v = load_rows(at_head(V, head, H, v_batch, v_head, UNIT), keys, v_row, P, D, BLOCK_D, UNIT)
     dk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
@@ -288,6 +298,8 @@ def backward_keys(
         q = load_rows(Q, rows, q_row, S, D, BLOCK_D, UNIT)  # [BS, BD]
         do = load_rows(GradOutput, rows, do_row, S, D, BLOCK_D, UNIT)
         s2 = product(q, k, TRANSPOSED) * (scale * LOG2E)
+        if HAS_LINK_MASK:
+            s2 = linked(s2, LinkMask, head // H, link_batch, link_row, rows, keys, S, P, UNLINKED, TRANSPOSED)
         p = weights(s2, lse2, counted, TRANSPOSED)
         pz = p
         if HAS_DROPOUT:

@@ -11,6 +11,7 @@ from .primitives import (
     at_head,
     by_key,
     by_query,
+    linked,
     load_rows,
     product,
     row_lse2,
@@ -31,9 +32,12 @@ def allowed(
 
 
 @triton.jit
-def column_lse2(ColumnLse, column, counted):
-    """Base-2 log-sum-exp of columns; NOTHING for keys that do not count."""
-    return tl.where(counted, tl.load(ColumnLse + column, mask=counted, other=0.0) * LOG2E, NOTHING)
+def column_lse2(ColumnLse, column, counted, HAS_LINK_MASK: tl.constexpr):
+    """Base-2 log-sum-exp of columns; NOTHING for keys that do not count, or that no valid query has a link to."""
+    lse = tl.load(ColumnLse + column, mask=counted, other=0.0)
+    if HAS_LINK_MASK:
+        counted = counted & (lse != -INF)
+    return tl.where(counted, lse * LOG2E, NOTHING)
 
 
 @triton.jit
@@ -45,13 +49,13 @@ def column_weights(s2, column2, w, TRANSPOSED: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def backward_rows(
     Q, K, Output, GradOutput, Lse, Entropy, MaxProbability, GradLse, GradEntropy, GradMax, C,
-    KeyMask, QueryMask, HeadMask, Rho, Peak, Argmax,
+    KeyMask, QueryMask, HeadMask, LinkMask, link_batch, link_row, Rho, Peak, Argmax,
     q_batch, q_head, q_row, k_batch, k_head, k_row, o_batch, o_head, o_row, do_batch, do_head, do_row,
     c_batch, c_head,
     H, S, P, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, UNIT: tl.constexpr,
     HAS_LSE: tl.constexpr, HAS_MAX: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_LINK_MASK: tl.constexpr,
     TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ρ; with HAS_MAX also x pmax (Peak) and a (Argmax, int32, -1 without any key). A program per block of queries."""
@@ -85,6 +89,8 @@ def backward_rows(
             keys = start + tl.arange(0, BLOCK_P)  # [BP]
             counted = allowed(KeyMask, HeadMask, head, H, keys, P, HAS_KEY_MASK, HAS_HEAD_MASK)
             s2 = product(q, load_rows(K, keys, k_row, P, D, BLOCK_D, UNIT), TRANSPOSED) * (scale * LOG2E)
+            if HAS_LINK_MASK:
+                s2 = linked(s2, LinkMask, head // H, link_batch, link_row, rows, keys, S, P, -INF, TRANSPOSED)
             if HAS_KEY:
                 c = tl.load(C + keys, mask=keys < P, other=0.0)
                 t += tl.sum(weights(s2, lse2, counted, TRANSPOSED) * by_key(c, TRANSPOSED), AXIS)
@@ -103,11 +109,11 @@ def backward_rows(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_columns(
-    Q, K, ColumnLse, U, KeyMask, QueryMask, HeadMask, Tau,
+    Q, K, ColumnLse, U, KeyMask, QueryMask, HeadMask, LinkMask, link_batch, link_row, Tau,
     q_batch, q_head, q_row, k_batch, k_head, k_row, u_batch, u_head,
     H, S, P, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, UNIT: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_LINK_MASK: tl.constexpr,
     TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """τ. A program per block of keys, sweeping the queries."""
@@ -119,13 +125,15 @@ def backward_columns(
     at = head.to(tl.int64) * P + keys
     counted = allowed(KeyMask, HeadMask, head, H, keys, P, HAS_KEY_MASK, HAS_HEAD_MASK)
     k = load_rows(at_head(K, head, H, k_batch, k_head, UNIT), keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
-    column2 = column_lse2(ColumnLse, at, counted)
+    column2 = column_lse2(ColumnLse, at, counted, HAS_LINK_MASK)
     tau = tl.zeros((BLOCK_P,), tl.float32)
     for start in tl.range(0, S, BLOCK_S, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_S)  # [BS]
         w = valid(QueryMask, head // H, rows, S, HAS_QUERY_MASK)
         u = tl.load(U + rows, mask=rows < S, other=0.0)
         s2 = product(load_rows(Q, rows, q_row, S, D, BLOCK_D, UNIT), k, TRANSPOSED) * (scale * LOG2E)
+        if HAS_LINK_MASK:
+            s2 = linked(s2, LinkMask, head // H, link_batch, link_row, rows, keys, S, P, -INF, TRANSPOSED)
         r = column_weights(s2, column2, w, TRANSPOSED)
         tau += tl.sum(r * by_query(u, TRANSPOSED), 1 if TRANSPOSED else 0)
     tl.store(Tau + at, tau, mask=keys < P)

@@ -172,6 +172,35 @@ SINGLE: dict[str, dict[str, Tiles]] = {
     },
 }
 
+# With a link mask, where its loads would make the above spill: by an architecture's own family, kernel and width.
+HALF_LINKS: dict[str, dict[str, Tiles]] = {
+    "sm_80": {
+        "forward_online": {128: (C(32, 64), C(64, 64, 8, 1))},
+        "backward_rows": {128: (C(32, 64, 4, 1), C(64, 64))},
+        "backward_fused": {128: (C(32, 16),)},
+    },
+    "sm_90": {
+        "forward_single": {64: (C(32, 32), C(128, 32), C(32, 128, 4, 2, True), C(64, 128, 8), C(32, 256, 8, 2, True))},
+        "forward_online": {128: (C(32, 64, 4, 1, True), C(64, 64, 8), C(128, 64, 8, 1))},
+        "backward_fused": {16: (C(32, 32, 4, 1),), 32: (C(32, 32, 4, 1),), 64: (C(32, 32, 4, 1),)},
+        "backward_keys": {64: (C(32, 64, 8, 1, True),), 128: (C(32, 32, 8, 1, True),)},
+    },
+    "sm_100": {
+        "key_statistics": {64: (C(64, 64, 4, 1, True),)},
+        "backward_fused": {64: (C(32, 32, 4, 1),), 128: (C(32, 64, 8, 1),)},
+    },
+    "sm_120": {"forward_online": {64: (C(32, 64, 4, 1), C(64, 32, 4, 1))}},
+    "gfx942": {
+        "backward_fused": {64: (C(32, 32), C(64, 16))},
+        "backward_keys": {64: (C(64, 16),)},
+    },
+}
+SINGLE_LINKS: dict[str, dict[str, Tiles]] = {
+    "sm_80": {"forward_online": {64: (C(32, 16, 8),)}, "backward_keys": {64: (C(16, 16, 8, 1, True),)}},
+    "sm_100": {"backward_fused": {64: (C(32, 32, 8, 1),)}},
+    "sm_120": {"backward_fused": {64: (C(32, 32, 8, 1),)}, "backward_keys": {64: (C(16, 16, 8, 1, True),)}},
+}
+
 FAMILIES = {
     "sm_80": ("sm_80",),
     "sm_86": ("sm_80",),
@@ -221,16 +250,21 @@ def _nearest_amd(name: str) -> str:
     return "gfx942" if name.split(":")[0] in ("gfx942", "gfx950") else "any"
 
 
-def select(kernel: str, arch: str, width: int, dtype: torch.dtype, queries: int, keys: int) -> Config | None:
-    """The tile for a launch; None where the kernel does not serve these lengths (forward_single, backward_fused)."""
+def select(
+    kernel: str, arch: str, width: int, dtype: torch.dtype, queries: int, keys: int, links: bool = False
+) -> Config | None:
+    """The tile for a launch; None where the kernel does not serve these lengths (forward_single, backward_fused).
+
+    ``links``: with a link mask. A table that was timed without one says nothing then.
+    """
     if kernel in _forced:
         return _serves(kernel, _forced[kernel], queries, keys)
     arch, _, gpu = arch.partition("/")
-    if gpu and (file := tuned.path()):
+    if gpu and not links and (file := tuned.path()):
         key, table = tuned.key(kernel, dtype, width, queries, keys), tuned.table(file, gpu)
         if key in table and (table[key] is None or _serves(kernel, table[key], queries, keys)):
             return table[key]
-    serving = [tile for tile in tiles(kernel, arch, width, dtype) if _serves(kernel, tile, queries, keys)]
+    serving = [tile for tile in tiles(kernel, arch, width, dtype, links) if _serves(kernel, tile, queries, keys)]
     if not serving:
         return None
     if kernel == "forward_single":  # as few keys as cover the axis
@@ -242,9 +276,13 @@ def select(kernel: str, arch: str, width: int, dtype: torch.dtype, queries: int,
     return max(serving, key=lambda tile: tile.block_s)
 
 
-def tiles(kernel: str, arch: str, width: int, dtype: torch.dtype) -> tuple[Config, ...]:
+def tiles(kernel: str, arch: str, width: int, dtype: torch.dtype, links: bool = False) -> tuple[Config, ...]:
     """All that ``select`` chooses from."""
     table = SINGLE if dtype == torch.float32 else HALF
+    if links:
+        instead = (SINGLE_LINKS if dtype == torch.float32 else HALF_LINKS).get(FAMILIES[arch][0], {}).get(kernel, {})
+        if width in instead:
+            return instead[width]
     by_width = next(table[family][kernel] for family in FAMILIES[arch] if kernel in table.get(family, ()))
     return by_width[min(block for block in by_width if block >= width)]
 

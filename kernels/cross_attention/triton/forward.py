@@ -9,6 +9,7 @@ Grids are one-dimensional, (b * H + h) * blocks + block, so that neighbours shar
 Nothing is added atomically: two runs agree bitwise. Flags, each constexpr and paid for only where it is set:
 
     HAS_KEY_MASK, HAS_QUERY_MASK, HAS_HEAD_MASK, HAS_DROPOUT    the call has one
+    HAS_LINK_MASK           likewise; without one LinkMask and its strides are None, and no part of the kernel
     HAS_MAX_PROBABILITY     (B, H, S): exp(m - lse) = 1 / l
     HAS_ENTROPY             (B, H, S): log l + sum p (m - s), two terms that are not negative, so nothing cancels
     HAS_KEY_SUM             (B, H, query blocks, P): sum of p over the block's valid queries
@@ -35,6 +36,7 @@ from .primitives import (
     by_query,
     kept,
     length_if_on,
+    linked,
     load_rows,
     product,
     row_lse2,
@@ -114,12 +116,13 @@ def store_key_statistics(
 @triton.jit(do_not_specialize=SIZES)
 def forward_single(
     Q, K, V, Output, Lse, MaxProbability, Entropy, KeySum, KeyMax, QuerySum, ColumnLse,
-    KeyMask, QueryMask, HeadMask, Seed,
+    KeyMask, QueryMask, HeadMask, LinkMask, link_batch, link_row, Seed,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, output_batch, output_head, output_row,
     H, S, P, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr,
+    HAS_LINK_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HAS_MAX_PROBABILITY: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY_SUM: tl.constexpr, HAS_KEY_MAX: tl.constexpr,
     HAS_QUERY_SUM: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
@@ -141,6 +144,8 @@ def forward_single(
     if HAS_HEAD_MASK:
         allowed = allowed & (keys < length_if_on(HeadMask, head, P, HAS_HEAD_MASK))
     s = product(q, k, TRANSPOSED) * (scale * LOG2E)  # [BS, BP], transposed [BP, BS]
+    if HAS_LINK_MASK:
+        s = linked(s, LinkMask, sample, link_batch, link_row, queries, keys, S, P, -INF, TRANSPOSED)
     if HAS_QUERY_SUM:
         column = head.to(tl.int64) * P + keys
         query_sum = softmax_over_queries(s, counted, allowed, ColumnLse, column, keys < P, TRANSPOSED, LOCAL)
@@ -175,12 +180,13 @@ def forward_single(
 @triton.jit(do_not_specialize=SIZES)
 def forward_online(
     Q, K, V, Output, Lse, MaxProbability, Entropy, KeySum, KeyMax, QuerySum, ColumnLse,
-    KeyMask, QueryMask, HeadMask, Seed,
+    KeyMask, QueryMask, HeadMask, LinkMask, link_batch, link_row, Seed,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, output_batch, output_head, output_row,
     H, S, P, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr,
+    HAS_LINK_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HAS_MAX_PROBABILITY: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KEY_SUM: tl.constexpr, HAS_KEY_MAX: tl.constexpr,
     HAS_QUERY_SUM: tl.constexpr, LOCAL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -208,6 +214,8 @@ def forward_online(
         k = load_rows(K, keys, k_row, P, D, BLOCK_D, UNIT)  # [BP, BD]
         allowed = valid(KeyMask, sample, keys, P, HAS_KEY_MASK)
         s = product(q, k, TRANSPOSED) * (scale * LOG2E)  # [BS, BP], transposed [BP, BS]
+        if HAS_LINK_MASK:
+            s = linked(s, LinkMask, sample, link_batch, link_row, queries, keys, S, P, -INF, TRANSPOSED)
         s = tl.where(by_key(allowed, TRANSPOSED), s, -INF)
         higher = tl.maximum(m, tl.max(s, KEYS))
         shrink = tl.exp2(m - higher)
@@ -243,6 +251,8 @@ def forward_online(
             if HAS_HEAD_MASK:
                 allowed = allowed & (keys < end)
             s = product(q, k, TRANSPOSED) * (scale * LOG2E)  # [BS, BP], transposed [BP, BS]
+            if HAS_LINK_MASK:
+                s = linked(s, LinkMask, sample, link_batch, link_row, queries, keys, S, P, -INF, TRANSPOSED)
             if HAS_QUERY_SUM:
                 column = head.to(tl.int64) * P + keys
                 query_sum += softmax_over_queries(s, counted, allowed, ColumnLse, column, keys < P, TRANSPOSED, LOCAL)
@@ -255,11 +265,11 @@ def forward_online(
 
 @triton.jit(do_not_specialize=SIZES)
 def column_lse(
-    Q, K, ColumnLse, QueryMask, HeadMask,
+    Q, K, ColumnLse, QueryMask, HeadMask, LinkMask, link_batch, link_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, H, S, P, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, STAGES: tl.constexpr,
+    HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_LINK_MASK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ColumnLse (B, H, P): log of the sum over valid queries of exp(s), -inf of none and where the head is off.
 
@@ -279,6 +289,8 @@ def column_lse(
         q = load_rows(Q, queries, q_row, S, D, BLOCK_D, UNIT)  # [BS, BD]
         counted = valid(QueryMask, head // H, queries, S, HAS_QUERY_MASK)
         s = product(q, k, TRANSPOSED) * (scale * LOG2E)  # [BS, BP], transposed [BP, BS]
+        if HAS_LINK_MASK:
+            s = linked(s, LinkMask, head // H, link_batch, link_row, queries, keys, S, P, -INF, TRANSPOSED)
         s = tl.where(by_query(counted, TRANSPOSED), s, -INF)
         higher = tl.maximum(m, tl.max(s, QUERIES))
         l = l * tl.exp2(m - higher) + tl.sum(tl.exp2(s - by_key(higher, TRANSPOSED)), QUERIES)
@@ -288,11 +300,11 @@ def column_lse(
 
 @triton.jit(do_not_specialize=SIZES)
 def key_statistics(
-    Q, K, Lse, KeySum, KeyMax, KeyMask, QueryMask, HeadMask,
+    Q, K, Lse, KeySum, KeyMax, KeyMask, QueryMask, HeadMask, LinkMask, link_batch, link_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, H, S, P, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_MASK: tl.constexpr, HAS_HEAD_MASK: tl.constexpr, HAS_LINK_MASK: tl.constexpr,
     HAS_KEY_SUM: tl.constexpr, HAS_KEY_MAX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """KeySum, KeyMax (B, H, P): sum and maximum over all valid queries of p, which their Lse (B, H, S) gives.
@@ -313,7 +325,10 @@ def key_statistics(
         q = load_rows(Q, queries, q_row, S, D, BLOCK_D, UNIT)  # [BS, BD]
         counted = valid(QueryMask, head // H, queries, S, HAS_QUERY_MASK)
         lse2 = row_lse2(Lse, head.to(tl.int64) * S + queries, counted)
-        p = tl.exp2(product(q, k, TRANSPOSED) * (scale * LOG2E) - by_query(lse2, TRANSPOSED))
+        s = product(q, k, TRANSPOSED) * (scale * LOG2E)  # [BS, BP], transposed [BP, BS]
+        if HAS_LINK_MASK:
+            s = linked(s, LinkMask, head // H, link_batch, link_row, queries, keys, S, P, -INF, TRANSPOSED)
+        p = tl.exp2(s - by_query(lse2, TRANSPOSED))
         if HAS_KEY_SUM:
             total += tl.sum(p, QUERIES)
         if HAS_KEY_MAX:

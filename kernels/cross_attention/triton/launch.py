@@ -1,40 +1,15 @@
-"""How every kernel is started, in one place; what is compiled ahead of time is recorded here, from real launches."""
+"""How the attention kernels are started, and how tensors have to lie for them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import launch
+from ..request import Masks
 from .configs import Config
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A launch as it was asked for; ``arguments`` are all of the kernel's, tiles included."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    config: Config
-
-
-_recorded: list[Launch] | None = None
-
-
-@contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Note launches instead of making them. Nothing is computed, so the tensors may be on the meta device."""
-    global _recorded
-    before, _recorded = _recorded, []
-    try:
-        yield _recorded
-    finally:
-        _recorded = before
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: Config, device: torch.device) -> None:
@@ -50,13 +25,7 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: C
         "STAGES": config.stages,
     }
     arguments = {**arguments, **{name: value for name, value in tiles.items() if name in kernel.arg_names}}
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, config))
-    elif device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
-    else:  # Triton's interpreter
-        kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
+    launch.start(kernel, grid, arguments, config, device)
 
 
 def readable(x: Tensor) -> bool:
@@ -86,6 +55,33 @@ def strides(name: str, x: Tensor, unit: int) -> dict[str, int]:
     return {f"{name}_{axis}": x.stride(i) // unit for i, axis in enumerate(("batch", "head", "row"))}
 
 
-def byte(mask: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A bool mask as the kernels read it: contiguous, a byte each. ``stand_in`` where there is none; it is not read."""
-    return stand_in if mask is None else mask.contiguous().view(torch.uint8)
+def masks_of(masks: Masks, stand_in: Tensor) -> dict[str, Any]:
+    """The masks as the kernels take them. Without a link mask its parameters are None, so that what is compiled is as
+    if they were not there."""
+    link = None if masks.link is None else _in_sixteens(masks.link)
+    return {
+        "KeyMask": launch.byte(masks.key, stand_in),
+        "QueryMask": launch.byte(masks.query, stand_in),
+        "HeadMask": launch.byte(masks.head, stand_in),
+        "LinkMask": link,
+        "link_batch": None if link is None else link.stride(0) // 16 if len(link) > 1 else 0,
+        "link_row": None if link is None else link.stride(1) // 16,
+        "HAS_KEY_MASK": masks.key is not None,
+        "HAS_QUERY_MASK": masks.query is not None,
+        "HAS_HEAD_MASK": masks.head is not None,
+        "HAS_LINK_MASK": link is not None,
+    }
+
+
+def _in_sixteens(link: Tensor) -> Tensor:
+    """A (samples or 1, S, P) bool mask as uint8 that can be read 16 bytes at a time, to the end of the sixteen that a
+    row ends in: itself where it lies so, or a copy."""
+    if link.stride(0) == 0:  # expanded
+        link = link[:1]
+    (samples, S, P), (batch, row, dense) = link.shape, link.stride()
+    read = -(-P // 16) * 16
+    end = link.storage_offset() + (samples - 1) * batch + (S - 1) * row + read
+    lies = dense == 1 and row >= P and row % 16 == batch % 16 == 0 and end <= link.untyped_storage().nbytes()
+    if not lies or (link.device.type != "meta" and link.data_ptr() % 16):
+        link = torch.empty((samples, S, read), dtype=torch.bool, device=link.device)[..., :P].copy_(link)
+    return link.view(torch.uint8)

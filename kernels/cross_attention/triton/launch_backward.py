@@ -13,7 +13,7 @@ from . import configs
 from .backward import backward_fused, backward_keys, backward_queries
 from .backward_rows import backward_columns, backward_rows
 from .configs import Config
-from .launch import byte, dense, run, strides, unit, writable
+from .launch import dense, masks_of, run, strides, unit, writable
 
 PROGRAMS = 2  # of backward_fused that a multiprocessor holds at once
 INTERPRETED = 8  # multiprocessors that Triton's interpreter stands for
@@ -52,7 +52,6 @@ def backward(
         "Lse": found.lse, "MaxProbability": found.max_probability, "Entropy": found.entropy,
         "GradLse": g, "GradMax": x, "GradEntropy": e, "ColumnLse": found.column_lse, "C": c, "U": u,
         "Rho": rho, "Peak": None if x is None else torch.empty_like(rho), "Argmax": argmax, "Tau": None, "Seed": seed,
-        "KeyMask": byte(masks.key, q), "QueryMask": byte(masks.query, q), "HeadMask": byte(masks.head, q),
         "GradQ": dq, "GradK": dk, "GradV": dv,
     }  # fmt: skip
     given: dict[str, Any] = {name: q if tensor is None else tensor for name, tensor in tensors.items()}  # q is not read
@@ -60,9 +59,8 @@ def backward(
         "H": H, "S": S, "P": P, "D": D, "BLOCK_D": block_d, "scale": float(request.scale),
         "threshold": dropout.threshold(request.dropout_p) - 2**31, "keep_scale": 1.0 / (1.0 - request.dropout_p),
         "HAS_LSE": g is not None, "HAS_MAX": x is not None, "HAS_ENTROPY": e is not None,
-        "HAS_KEY": c is not None, "HAS_QUERY": u is not None, "HAS_KEY_MASK": masks.key is not None,
-        "HAS_QUERY_MASK": masks.query is not None, "HAS_HEAD_MASK": masks.head is not None,
-        "HAS_DROPOUT": request.dropout_p > 0,
+        "HAS_KEY": c is not None, "HAS_QUERY": u is not None, "HAS_DROPOUT": request.dropout_p > 0,
+        **masks_of(masks, q),
     }  # fmt: skip
     matrices = read | {"dq": dq, "dk": dk, "dv": dv}
     given["UNIT"] = units = unit(*matrices.values())
@@ -72,7 +70,8 @@ def backward(
         given[f"{name}_batch"], given[f"{name}_head"] = (0, 0) if means is None else means.stride()[:2]
 
     def select(kernel: Any) -> Config | None:
-        return configs.select(kernel.__name__, arch=arch, width=block_d, dtype=q.dtype, queries=S, keys=P)
+        links = masks.link is not None
+        return configs.select(kernel.__name__, arch, block_d, q.dtype, S, P, links)
 
     def launch(kernel: Any, programs: int, config: Config) -> None:
         arguments = {name: given[name] for name in kernel.arg_names if name in given}
@@ -133,5 +132,6 @@ def _by_head(gradient: Tensor | None, weight: Tensor | float, heads: int) -> Ten
     per_head = gradient.dim() == 3
     if per_head and isinstance(weight, Tensor):
         weight = weight[:, None]
-    scaled = (gradient.to(torch.float32) * weight).contiguous()
+    gradient = gradient.to(torch.float32)
+    scaled = (gradient * weight if isinstance(weight, Tensor) or weight != 1.0 else gradient).contiguous()
     return scaled if per_head else scaled[:, None].expand(-1, heads, -1)

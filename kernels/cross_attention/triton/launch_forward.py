@@ -13,7 +13,7 @@ from ..request import Forward, Masks, Request, share
 from . import configs
 from .configs import Config
 from .forward import column_lse, forward_online, forward_single, key_statistics
-from .launch import byte, dense, run, strides, unit, writable
+from .launch import dense, masks_of, run, strides, unit, writable
 
 # Above this many blocks of queries, key statistics come from a kernel of their own. A block's partial sums cost 8 bytes
 # a key, written and read again: 16 blocks cost what a key's own row does (128 bytes: half precision, D = 64), and their
@@ -82,9 +82,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, seed: Tensor | None, 
         lse,
         max_probability,
         entropy,
-        None if key_sum is None else _mean(key_sum.sum(2), masks.query, S, masks.head, request),
+        None if key_sum is None else _mean(_over_blocks(key_sum), masks.query, S, masks.head, request),
         None if query_sum is None else _mean(query_sum, masks.key, P, masks.head, request),
-        None if key_max is None else key_max.amax(2 if request.per_head else (1, 2)),
+        None if key_max is None else _largest(key_max, request),
         columns,
     )
 
@@ -101,9 +101,7 @@ class _Call:
         self.shared = {
             "Q": q,
             "K": k,
-            "KeyMask": byte(masks.key, q),
-            "QueryMask": byte(masks.query, q),
-            "HeadMask": byte(masks.head, q),
+            **masks_of(masks, q),
             **strides("q", q, self.unit),
             **strides("k", k, self.unit),
             "H": H,
@@ -112,14 +110,12 @@ class _Call:
             "D": D,
             "UNIT": self.unit,
             "BLOCK_D": self.width,
-            "HAS_KEY_MASK": masks.key is not None,
-            "HAS_QUERY_MASK": masks.query is not None,
-            "HAS_HEAD_MASK": masks.head is not None,
         }
 
     def tile(self, kernel: str) -> Config | None:
         arch = configs.architecture(self.q.device)
-        return configs.select(kernel, arch, self.width, self.q.dtype, self.queries, self.keys)
+        links = bool(self.shared["HAS_LINK_MASK"])
+        return configs.select(kernel, arch, self.width, self.q.dtype, self.queries, self.keys, links)
 
     def need(self, kernel: str) -> Config:
         tile = self.tile(kernel)
@@ -149,8 +145,22 @@ class _Call:
         self.start(key_statistics, tile, programs, request, arguments)
 
 
+def _over_blocks(sums: Tensor) -> Tensor:
+    """(B, H, blocks, n) partial sums as (B, H, n); of one block the sum itself, which needs no launch."""
+    return sums.sum(2) if sums.shape[2] > 1 else sums[:, :, 0]
+
+
+def _largest(maxima: Tensor, request: Request) -> Tensor:
+    """Over blocks, (B, H, n), and over heads too, (B, n)."""
+    if not request.per_head:
+        return maxima.amax((1, 2))
+    return maxima.amax(2) if maxima.shape[2] > 1 else maxima[:, :, 0]
+
+
 def _mean(sums: Tensor, valid: Tensor | None, length: int, heads: Tensor | None, request: Request) -> Tensor:
     """(B, H, n) sums over ``length`` positions made (B, n) means over heads too, or per head (B, H, n) ones."""
+    if not request.normalise:
+        return sums if request.per_head else sums.sum(1)
     one = share(valid, length, heads, sums.shape[1], request)
     if request.per_head:
         return sums * (one[..., None] if isinstance(one, Tensor) else one)

@@ -16,13 +16,15 @@ INF = tl.constexpr(float("inf"))
 # units of 16 bytes wherever they are multiples of that, which the multiplication shows. Of an argument it would ask
 # only whether 16 divides it, and load a width of 72 two bytes at a time.
 SIZES = (
-    *("H", "S", "P", "splits", "split_keys", "threshold", "dq_split"),
+    *("H", "S", "P", "splits", "split_keys", "threshold", "dq_split", "link_batch", "link_row"),
     *(
         f"{x}_{axis}"
         for x in ("q", "k", "v", "output", "o", "do", "dq", "dk", "dv", "c", "u")
         for axis in ("batch", "head", "row")
     ),
 )
+# A logit without a link where the gradient of the entropy is multiplied by it: finite, and exp2 of it is 0.
+UNLINKED = tl.constexpr(-1e20)
 NOTHING = tl.constexpr(1e30)  # base-2 log-sum-exp of a row that attends to nothing: exp2(s - 1e30) is 0, never 0 * inf
 
 
@@ -86,6 +88,20 @@ def valid(Mask, sample, positions, count, HAS_MASK: tl.constexpr):
     if HAS_MASK:
         inside = inside & (tl.load(Mask + sample * count + positions, mask=inside, other=0) != 0)
     return inside
+
+
+@triton.jit
+def linked(
+    s, LinkMask, sample, link_batch, link_row, queries, keys, S, P, without: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """A tile of logits, ``without`` where a (samples, S, P) uint8 mask keeps the query from the key; anything beyond
+    the edges. The strides of sample and row are in units of 16 bytes, and rows are read to a multiple of 16, so that a
+    thread loads 16 links at once."""
+    rows = tl.minimum(queries, S - 1).to(tl.int64) * link_row * 16
+    Link = LinkMask + sample.to(tl.int64) * link_batch * 16
+    inside = by_key(keys < tl.cdiv(P, 16) * 16, TRANSPOSED)
+    link = tl.load(by_query(Link + rows, TRANSPOSED) + by_key(keys, TRANSPOSED), mask=inside, other=0)
+    return tl.where(link != 0, s, without)
 
 
 @triton.jit

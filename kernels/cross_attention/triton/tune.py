@@ -28,8 +28,9 @@ from torch import Tensor
 from triton import knobs
 from triton.testing import do_bench
 
+from ... import launch
 from ..request import Forward, Gradients, Masks, Request
-from . import configs, launch, launch_backward, launch_forward, tuned
+from . import configs, launch_backward, launch_forward, tuned
 from .configs import Config
 
 SHAPES = ((30, 257), (30, 577), (577, 30), (77, 257), (256, 4096))  # ALBEF's texts and images, CLIP's texts, long keys
