@@ -108,6 +108,31 @@ def report(
         typer.echo(picture)
 
 
+data = typer.Typer(help="Look at the data of a recipe.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command()
+def masks(
+    recipe: Annotated[str, typer.Argument(help="A recipe, or the folder of a finished run: its teacher then looks.")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Fields to change, such as masking.policy=random masking.image_ratio=0.75."),
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path("masks.png"),
+    pairs: Annotated[int, typer.Option(min=1, max=64, help="How many pairs to draw.")] = 6,
+    step: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="The step of the run to draw, for policies that change. Default: the last."),
+    ] = None,
+) -> None:
+    """Draw which patches and words a recipe's policy hides, on pairs of its own data."""
+    from .mask_preview import preview
+
+    for line in preview(recipe, overrides or [], output, pairs, step):
+        typer.echo(line)
+
+
 @app.command()
 def recipes() -> None:
     """List the recipes that come with the package."""

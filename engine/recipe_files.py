@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -18,7 +18,9 @@ from .recipe import Recipe
 from .recipe_fields import describe, dotted_paths, section_at
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"  # in a checkout and in an installation alike
-PATH_FIELDS = ("data.path", "data.image_root")  # in a file: relative to it; in an override: to where you stand
+# in a file: relative to it; in an override: to where you stand
+PATH_FIELDS = ("data.path", "data.image_root", "masking.prior")
+PRIORS = ("contrast", "centre")  # values of masking.prior that are no path
 # What may change when a run is resumed without changing the losses that an uninterrupted run would have had.
 RESUMABLE_FIELDS = ("training.checkpoint_every", "training.keep_checkpoints", "training.log_every")
 
@@ -68,11 +70,14 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     _inline_deepspeed(values, source, file.parent, origins)
     for name in PATH_FIELDS:
         _absolute(values, name, file.parent)
+    _absolute_options(values, file.parent)
     for override in overrides:
         name = _apply(values, override)
         origins[name] = f"override {override}"
         if name in PATH_FIELDS:
             _absolute(values, name, Path.cwd())
+        elif name.startswith("masking."):
+            _absolute_options(values, Path.cwd())
         elif name == "deepspeed":
             _inline_deepspeed(values, origins[name], Path.cwd(), origins)
     try:
@@ -262,25 +267,43 @@ def _inline_deepspeed(values: dict[str, Any], source: str, folder: Path, origins
 def _absolute(values: dict[str, Any], name: str, folder: Path) -> None:
     section, field = name.split(".")
     inner = values.get(section)
-    if isinstance(inner, dict) and isinstance(inner.get(field), str):
+    if isinstance(inner, dict) and isinstance(inner.get(field), str) and inner[field] not in PRIORS:
         values[section] = {**inner, field: os.path.abspath(folder / Path(inner[field]).expanduser())}
+
+
+def _absolute_options(values: dict[str, Any], folder: Path) -> None:
+    """The same for what a mask policy's options name; an unknown policy has none, and is reported later."""
+    section = values.get("masking")
+    for owner, field in (("policy", "options"), ("text_policy", "text_options")):
+        if isinstance(section, dict) and isinstance(section.get(field), dict) and section[field]:
+            from .masking import policies
+
+            policy = policies().get(str(section.get(owner)))
+            for name, value in section[field].items():
+                known = policy.Options.model_fields.get(name) if policy else None
+                kinds = (known.annotation, *get_args(known.annotation)) if known else ()
+                if isinstance(value, str) and Path in kinds:
+                    section[field][name] = os.path.abspath(folder / Path(value).expanduser())
 
 
 def _check(recipe: Recipe, source: str, origins: Mapping[str, str]) -> None:
     for name in PATH_FIELDS:
-        path: Path | None = getattr(recipe.data, name.partition(".")[2])
-        if recipe.data.source == "pairs" and path is not None and not path.exists():
-            hint = _nearest_file(path, (".jsonl", ".csv"))
+        section, field = name.split(".")
+        path = getattr(getattr(recipe, section), field)
+        read = section == "masking" or recipe.data.source == "pairs"
+        if read and isinstance(path, Path) and not path.exists():
+            hint = _nearest_file(path, (".npy",) if section == "masking" else (".jsonl", ".csv"))
             raise RecipeError(f"{origins.get(name, source)}: {name}: no such file {path}; {hint}")
-    if recipe.masking.policy != type(recipe.masking)().policy:  # the default is known; asking for others imports torch
-        from .masking import policies
+    if recipe.masking != type(recipe.masking)():  # the defaults are known; asking for others imports torch
+        from .masking import check_masking
 
-        known = policies()
-        if recipe.masking.policy not in known:
-            close = nearest(recipe.masking.policy, known)
-            hint = f"did you mean {close}?" if close else f"known: {', '.join(sorted(known))}"
-            where = origins.get("masking.policy", source)
-            raise RecipeError(f"{where}: masking.policy: unknown policy {recipe.masking.policy!r}; {hint}")
+        try:
+            check_masking(recipe)
+        except RecipeError as error:
+            named = [name for name in origins if name.startswith("masking.") and name in str(error)]
+            choice = [name for name in ("masking.policy", "masking.text_policy") if name in origins]
+            origin = next((origins[name] for name in named + choice), source)
+            raise RecipeError(f"{origin}: {error}") from None
     if recipe.deepspeed:
         from .deepspeed_config import check_deepspeed_keys
 
@@ -289,19 +312,32 @@ def _check(recipe: Recipe, source: str, origins: Mapping[str, str]) -> None:
 
 
 def _one_line(error: ValidationError, source: str, origins: Mapping[str, str]) -> str:
-    problems = error.errors(include_url=False)
+    problems = [problem for problem in error.errors(include_url=False) if _is_meant(problem)]
     first = problems[0]
-    # A union field reports once per member, with the member's name last; only fields count here.
-    path = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part) for part in first["loc"] if not _is_member(part))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     origin = origin_of(path, source, origins)
     if first["type"] == "extra_forbidden":
         return f"{origin}: {_unknown_key(path)}{more}"
+    if first["type"] == "missing":
+        return f"{origin}: {path} is missing; expected {describe(Recipe, path)}{more}"
     if first["type"] == "value_error":  # fields that disagree: an override the message names is the culprit
         message = str(first["ctx"]["error"])
         origin = next((o for name, o in origins.items() if name.rpartition(".")[2] in message), source)
         return f"{origin}: {path + ': ' if path else ''}{message}{more}"
     return f"{origin}: {path}: {_shown(first['input'])} is not allowed; expected {describe(Recipe, path)}{more}"
+
+
+def _is_member(part: int | str) -> bool:
+    """A ratio is a number or a section; pydantic puts the member of the union that it tried into the path."""
+    return isinstance(part, str) and (part == "constrained-float" or "RatioSection" in part)
+
+
+def _is_meant(problem: Any) -> bool:
+    """A union reports once per member: of a mapping only what is wrong with the section, else only with the number."""
+    member = problem["loc"][-1] if problem["loc"] else ""
+    of_number = member == "constrained-float" and isinstance(problem["input"], dict)
+    return not of_number and not (problem["type"] == "model_type" and _is_member(member))
 
 
 def _unknown_key(path: str) -> str:

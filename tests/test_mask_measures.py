@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +20,11 @@ from crossmask.engine.evaluation.masks import (
     attention_maps,
     mask_measures,
     patch_coverage,
-    rows_of,
     visible_words,
 )
-from crossmask.engine.masking import MaskContext, MaskPlan, build_policy
+from crossmask.engine.masking import MaskPlan
 from crossmask.engine.models import VisionLanguageModel
+from crossmask.engine.objectives import RunMasks, Seen
 from crossmask.engine.recipe import Recipe
 from crossmask.kernels import AttentionStatistics
 
@@ -145,8 +146,14 @@ def small_model(recipe: Recipe) -> VisionLanguageModel:
 
 
 def policy(recipe: Recipe) -> Any:
-    built = build_policy(recipe.masking)
-    return lambda statistics, batch: built(MaskContext(statistics, batch.maskable))
+    data = SimpleNamespace(tokenizer=SimpleNamespace(mask_id=4, vocabulary_size=64), train_size=16)
+    masks = RunMasks(recipe, data)  # type: ignore[arg-type]
+
+    def look(model: VisionLanguageModel, batch: Batch) -> tuple[Seen, MaskPlan]:
+        seen = masks.see(model, batch)
+        return seen, masks.plan(model, batch, seen, 0)
+
+    return look
 
 
 def test_attention_maps_average_to_the_statistics() -> None:
@@ -180,7 +187,7 @@ class ToyData:
 
         class Scenes(Split):
             def take(self, rows: Any) -> Batch:
-                return rows_of(toy(len(self.image_group_id)), rows)
+                return toy(len(self.image_group_id)).rows(rows)
 
         self.splits, self.with_scenes = {"a": Scenes(list(range(16)), list(range(16)))}, scenes
 
@@ -195,7 +202,8 @@ class ToyData:
 
 def toy(count: int) -> Batch:
     one = one_scene()
-    fields: dict[str, Tensor] = {n: getattr(one, n).repeat_interleave(count, 0) for n in vars(one)}
+    given = {n: x for n, x in vars(one).items() if x is not None}
+    fields: dict[str, Tensor] = {n: x.repeat_interleave(count, 0) for n, x in given.items()}
     fields["images"] = torch.randn(count, 3, 20, 20, generator=torch.Generator().manual_seed(1))
     fields["group_id"] = fields["index"] = torch.arange(count)
     return Batch(**fields)

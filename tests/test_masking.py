@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from crossmask.engine.errors import RecipeError
-from crossmask.engine.masking import MaskContext, MaskPlan, build_policy, policies, register_policy
+from crossmask.engine.masking import (
+    Draws,
+    MaskContext,
+    MaskPlan,
+    MaskPlanner,
+    Policy,
+    build_policy,
+    policies,
+    register_policy,
+)
 from crossmask.engine.masking import registry as registry_file
 from crossmask.engine.recipe import MaskingSection
 from crossmask.kernels import AttentionStatistics, cross_attention
@@ -18,9 +27,22 @@ WORDS = torch.tensor([[0.40, 0.05, 0.15, 0.10, 0.30, 0.0], [0.30, 0.20, 0.20, 0.
 MASKABLE = torch.tensor([[False, True, True, True, False, False], [False, True, True, False, False, False]])
 
 
+def context(maskable: Tensor = MASKABLE, statistics: AttentionStatistics | None = None, step: int = 0) -> MaskContext:
+    patches = 6 if statistics is None or statistics.key_attention is None else statistics.key_attention.shape[1]
+    return MaskContext(
+        token_ids=torch.full(maskable.shape, 9),
+        token_mask=torch.ones_like(maskable),
+        maskable=maskable,
+        grid=(1, patches),
+        draws=Draws(0, step, torch.arange(len(maskable))),
+        statistics=statistics,
+        step=step,
+    )
+
+
 def plan(maskable: Tensor = MASKABLE, patches: Tensor = PATCHES, words: Tensor = WORDS, **section: object) -> MaskPlan:
-    policy = build_policy(MaskingSection(**section))
-    return policy(MaskContext(AttentionStatistics(key_attention=patches, query_attention=words), maskable))
+    planner = MaskPlanner(MaskingSection(**section), mask_id=4, vocabulary_size=20)
+    return planner(context(maskable, AttentionStatistics(key_attention=patches, query_attention=words)))
 
 
 def marked(mask: Tensor) -> list[list[int]]:
@@ -69,7 +91,7 @@ def test_caption_without_words_says_nothing_about_the_image() -> None:
     q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 6, 8)
     maskable = torch.tensor([[False, True, True, False], [False, False, False, False]])
     seen = cross_attention(q, k, k, query_mask=maskable, statistics=("key_attention", "query_attention")).statistics
-    found = build_policy(MaskingSection(image_ratio=0.5))(MaskContext(seen, maskable))
+    found = build_policy(MaskingSection())(context(maskable, seen))
     assert [len(row) for row in marked(found.image)] == [3, 0]
     assert [len(row) for row in marked(found.text)] == [1, 0]
 
@@ -82,25 +104,25 @@ def test_syncmask_is_deterministic_and_follows_the_statistics() -> None:
 
 
 def test_syncmask_names_missing_statistics() -> None:
-    context = MaskContext(AttentionStatistics(key_attention=PATCHES), MASKABLE)
     with pytest.raises(ValueError, match="key_attention and query_attention"):
-        build_policy(MaskingSection())(context)
-    with pytest.raises(ValueError, match="key_attention, which is missing"):
-        build_policy(MaskingSection(policy="random"))(MaskContext(AttentionStatistics(), MASKABLE))
+        build_policy(MaskingSection())(context(statistics=AttentionStatistics(key_attention=PATCHES)))
+    with pytest.raises(RecipeError) as caught:
+        build_policy(MaskingSection())(context())
+    assert str(caught.value).startswith("mask policy 'syncmask' needs statistics, which is missing: a fusion encoder")
 
 
 def test_random_masks_at_the_right_ratios_and_uniformly() -> None:
-    policy = build_policy(MaskingSection(policy="random", image_ratio=0.25, text_ratio=0.5))
+    planner = MaskPlanner(MaskingSection(policy="random", image_ratio=0.25, text_ratio=0.5), 4, 20)
     patches = torch.linspace(0, 1, 16).expand(4000, 16)  # what the attention says must not matter
     maskable = torch.tensor([False, True, True, True, True, False, False]).expand(4000, 7)
-    found = policy(MaskContext(AttentionStatistics(key_attention=patches), maskable))
+    found = planner(context(maskable, AttentionStatistics(key_attention=patches)))
     assert (found.image.sum(1) == 4).all()
     assert (found.text.sum(1) == 2).all()
     assert not (found.text & ~maskable).any()
     # Each patch is hidden with chance 1/4, standard error 0.0068; each word with 1/2, standard error 0.0079.
     assert (found.image.float().mean(0) - 0.25).abs().max() < 0.03
     assert (found.text[:, 1:5].float().mean(0) - 0.5).abs().max() < 0.035
-    second = policy(MaskContext(AttentionStatistics(key_attention=patches), maskable))
+    second = planner(context(maskable, AttentionStatistics(key_attention=patches), step=1))
     assert not torch.equal(found.image, second.image)
 
 
@@ -108,7 +130,7 @@ def test_unknown_policy_names_its_neighbour() -> None:
     with pytest.raises(RecipeError) as caught:
         build_policy(MaskingSection(policy="synkmask"))
     assert str(caught.value) == "masking.policy: unknown policy 'synkmask'; did you mean 'syncmask'?"
-    with pytest.raises(RecipeError, match="unknown policy 'qqqq'; known: random, syncmask"):
+    with pytest.raises(RecipeError, match=r"unknown policy 'qqqq'; known: .*random, .*syncmask"):
         build_policy(MaskingSection(policy="qqqq"))
 
 
@@ -120,10 +142,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("registered")
 def test_own_policy_by_its_name() -> None:
     @register_policy("nothing")
-    class Nothing:
-        def __init__(self, section: MaskingSection) -> None:
-            self.section = section
-
+    class Nothing(Policy):
         def __call__(self, context: MaskContext) -> MaskPlan:
             return MaskPlan(torch.zeros(2, 6, dtype=torch.bool), torch.zeros_like(context.maskable))
 
@@ -136,3 +155,39 @@ def test_own_policy_by_its_name() -> None:
 def test_list_of_policies_is_a_copy() -> None:
     policies().clear()
     assert set(policies()) >= {"random", "syncmask"}
+
+
+def test_options_are_checked_by_name_and_range() -> None:
+    for given, message in (
+        ({"options": {"mode": "high"}}, "masking.options: policy 'syncmask' has no option 'mode'; it has none"),
+        (
+            {"policy": "attmask", "options": {"mod": "low"}},
+            "policy 'attmask' has no option 'mod'; did you mean 'mode'?",
+        ),
+        (
+            {"policy": "attmask", "options": {"mode": "lo"}},
+            "masking.options.mode: 'lo' is not allowed; expected one of",
+        ),
+        ({"text_policy": "informsk"}, "masking.text_policy: unknown policy 'informsk'; did you mean 'informask'?"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            MaskPlanner(MaskingSection.model_validate(given), 4, 20)
+        assert message in str(caught.value)
+
+
+def test_words_can_have_a_policy_of_their_own() -> None:
+    found = plan(policy="syncmask", text_policy="random", image_ratio=0.5, text_ratio=0.67)
+    assert marked(found.image) == [[1, 3, 4], [0, 1, 2]]
+    rows = [
+        plan(policy="syncmask", text_policy="random", text_ratio=0.67, words=words).text for words in (WORDS, -WORDS)
+    ]
+    assert torch.equal(*rows)  # what the attention says about words does not matter
+
+
+def test_plan_says_what_is_read() -> None:
+    found = plan(text_ratio=1.0)
+    ids = torch.full(MASKABLE.shape, 9)
+    read = found.read(ids)
+    assert torch.equal(read[~found.text], ids[~found.text])
+    with pytest.raises(ValueError, match="no replacement"):
+        MaskPlan(found.image, found.text).read(ids)

@@ -183,7 +183,9 @@ class Matcher:
     def __init__(self, answer: Any) -> None:
         self.answer = answer
 
-    def fuse(self, tokens: Tensor, token_mask: Tensor, image: list[tuple[Tensor, Tensor]]) -> SimpleNamespace:
+    def fuse(
+        self, tokens: Tensor, token_mask: Tensor, image: list[tuple[Tensor, Tensor]], head_mask: object = None
+    ) -> SimpleNamespace:
         self.texts, self.images, self.masks = tokens[:, 0, 0], image[0][0][:, 0, 0, 0], token_mask
         assert torch.equal(image[0][0], image[0][1])
         return SimpleNamespace(tokens=tokens)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from crossmask.engine.data.batch import Batch
-from crossmask.engine.masking import build_policy
 from crossmask.engine.models import PretrainingModel
-from crossmask.engine.objectives import Keys, TeacherView, look
+from crossmask.engine.objectives import Keys, RunMasks, TeacherView, look
 from crossmask.engine.recipe import ModelSection, ObjectivesSection, OptimizerSection, Recipe
 from crossmask.engine.training import step
 from crossmask.engine.training.optimizer import build_optimizer, learning_rate, parameter_groups
@@ -37,6 +37,11 @@ def student(objectives: ObjectivesSection | None = None, stem: str = "patch") ->
     return PretrainingModel(ModelSection.model_validate(model), objectives or section(), VOCABULARY, 8)
 
 
+def run_masks(recipe: Recipe) -> RunMasks:
+    data = SimpleNamespace(tokenizer=SimpleNamespace(mask_id=MASK_ID, vocabulary_size=VOCABULARY), train_size=6)
+    return RunMasks(recipe, data)  # type: ignore[arg-type]
+
+
 def batch(n: int = 6) -> Batch:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(5, VOCABULARY, (n, 7), generator=generator)
@@ -47,9 +52,7 @@ def batch(n: int = 6) -> Batch:
 
 
 def seen(model: PretrainingModel, data: Batch, objectives: ObjectivesSection, schedule: Schedule) -> TeacherView:
-    recipe = Recipe()
-    rows = fusion_rows(len(data), objectives, schedule)
-    return look(model.model, data, build_policy(recipe.masking), recipe.masking.layer, rows)
+    return look(model.model, data, run_masks(Recipe()), 0, fusion_rows(len(data), objectives, schedule))
 
 
 def losses(
@@ -60,7 +63,8 @@ def losses(
     view = seen(model, data, objectives, schedule)
     keys = Keys(view.image_feature, view.text_feature, data.group_id)
     torch.manual_seed(9)
-    return compute_losses(model, data, view, keys, objectives, schedule, MASK_ID)
+    recipe = Recipe(objectives=objectives)
+    return compute_losses(model, data, view, keys, recipe, schedule, run_masks(recipe).planner)
 
 
 ALWAYS = {"loss", "temperature"}
@@ -112,7 +116,7 @@ def test_distillation_is_scaled_by_the_schedule() -> None:
 def test_hardness_of_the_negatives_is_the_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
 
-    def record(*args: Any) -> dict[str, torch.Tensor]:
+    def record(*args: Any, **more: Any) -> dict[str, torch.Tensor]:
         given.append(args[-1])
         return {"itm": torch.zeros(())}
 

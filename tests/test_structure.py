@@ -19,7 +19,7 @@ LAYERS = (
     {"errors", "failures", "recipe", "recipe_fields"},
     {"masking", "teacher", "models", "data"},
     {"objectives", "evaluation", "recipe_files"},
-    {"training"},
+    {"training", "mask_preview"},
     {"cli", "train", "doctor"},
 )
 SAME_ROOM = {"deepspeed_config": "recipe_files"}  # two files on one subject: reading and checking what a user gave

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -156,6 +157,20 @@ def test_a_signal_ends_every_rank_with_a_checkpoint(recipe: Path, tmp_path: Path
     time.sleep(1)
     left = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
     assert not left, left
+
+
+def test_every_way_of_hiding_runs_under_sharded_weights(recipe: Path, tmp_path: Path) -> None:
+    """ZeRO-3 gathers a module's parameters around its forward and backward, wherever masking reaches into the model."""
+    done = run(
+        *("train", recipe, "--output", tmp_path / "run", "deepspeed.zero_optimization.stage=3", "model.pool=mean"),
+        *("masking.policy=hard_patches", "masking.text_policy=pmi", "masking.hidden_patches=drop"),
+        *("masking.hidden_words=later", "masking.links.kind=token_level", "masking.heads.kind=importance"),
+        *("objectives.itc.patch_drop=0.5", "training.max_steps=4", "training.evaluate_every=0"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = losses(tmp_path / "run")[4]
+    assert math.isfinite(last["mask_network"])
+    assert math.isfinite(last["mim"])
 
 
 def test_sharding_the_weights_changes_nothing_but_rounding(

@@ -94,6 +94,10 @@ class PairData(ABC):
         return None
 
     @abstractmethod
+    def training_captions(self) -> list[str]:
+        """The distinct captions that are trained on, in an order that every rank finds."""
+
+    @abstractmethod
     def name_of(self, index: int) -> str:
         """Training sample ``index`` in words that its owner can look up."""
 

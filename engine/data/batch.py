@@ -24,9 +24,15 @@ class Batch:
     index: Tensor  # (B,) int64, position in the data source
     things: Tensor | None = None  # (B, H, W) uint8, 0 = background, k = the k-th drawn thing
     words: Tensor | None = None  # (B, L) uint8, 0 = names no thing, k = names the k-th thing, 255 = a thing not drawn
+    priors: Tensor | None = None  # (B, P) float32, weights of patches for mask policies that read them
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def rows(self, rows: slice) -> Batch:
+        """Some of the pairs."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: whole[rows] for name, whole in parts.items() if whole is not None})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies are asynchronous from pinned memory."""

@@ -62,9 +62,7 @@ class EmojiPairs(PairData):
         self._may_mirror = np.array([c.may_mirror for c in captions])
         self._names_colour = np.array([c.names_colour for c in captions])
 
-        seen = sorted(set(self.train_group_id.tolist()))
-        lines = [" ".join((captions[i].name, *captions[i].tags)) for i in seen]
-        self.tokenizer = CaptionTokenizer.train(lines, section.vocabulary_size)
+        self.tokenizer = CaptionTokenizer.train(self.training_captions(), section.vocabulary_size)
         names, tags = [split_words(c.name) for c in captions], [split_words(" ".join(c.tags)) for c in captions]
         self.table = CaptionTable(self.tokenizer, names, tags, section.max_words)
         self.max_tokens = self.table.max_tokens
@@ -82,6 +80,10 @@ class EmojiPairs(PairData):
         fresh = len(self.art.captions) + epoch * self.train_size + indices
         group = np.where(scene, fresh, self.train_group_id[indices])
         return self._compose(self.train[indices], self.train, scene, draws, group, self.section.augment, truth)
+
+    def training_captions(self) -> list[str]:
+        captions = [self.art.captions[i] for i in sorted(set(self.train_group_id.tolist()))]
+        return [" ".join((caption.name, *caption.tags)) for caption in captions]
 
     def name_of(self, index: int) -> str:
         row = self.train[index]

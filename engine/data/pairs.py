@@ -189,8 +189,8 @@ class FilePairs(PairData):
                 f"{section.path}: nothing is left to train on; add pairs or set data.validation_fraction to 0"
             )
         self.train_size, self.train_group_id = len(self.train), self._group[self.train]
-        texts = {" ".join(words[i]) for i in self.train.tolist()}
-        self.tokenizer = CaptionTokenizer.train(texts, section.vocabulary_size)
+        self._texts = sorted({" ".join(words[i]) for i in self.train.tolist()})
+        self.tokenizer = CaptionTokenizer.train(self._texts, section.vocabulary_size)
         self.table = CaptionTable(self.tokenizer, words, [()] * len(words), section.max_words)
         self.max_tokens = self.table.max_tokens
         bare = self.train[self.table.maskable_words()[self.train] == 0]
@@ -214,6 +214,9 @@ class FilePairs(PairData):
             texts = self.table.assemble(phrases, len(indices), self.section.word_drop, draw)
             batch = Batch(batch.images, texts.token_ids, texts.token_mask, texts.maskable, batch.group_id, batch.index)
         return batch
+
+    def training_captions(self) -> list[str]:
+        return self._texts
 
     def name_of(self, index: int) -> str:
         assert self.section.path is not None

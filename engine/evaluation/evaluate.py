@@ -12,7 +12,7 @@ from ..data.base import EvaluationSplit, PairData
 from ..data.batch import Batch
 from ..recipe import Recipe
 from .machine import describe_machine
-from .masks import PlanMasks, mask_measures, rows_of
+from .masks import Look, mask_measures
 from .matching import match_measures
 from .retrieval import evaluate_split
 
@@ -27,7 +27,7 @@ MASK_FIELDS = (
 def evaluate(
     model: Any,
     data: PairData,
-    plan_masks: PlanMasks,
+    look: Look,
     recipe: Recipe,
     device: torch.device | str,
     full: bool,
@@ -37,7 +37,7 @@ def evaluate(
     """Measure ``model``, as a rule the teacher, on held-out data. Neither its mode nor any random state is changed.
 
     Args:
-        plan_masks: the policy of the run, ``(statistics, batch) -> MaskPlan``.
+        look: what the model sees of a batch, and the masks that the run's policy takes from it.
         full: ``False`` gives a probe, the flat dict of ``metrics.jsonl``, on a fixed sample of 128 scenes and 128
             single drawings of the first split; ``True`` gives ``evaluation.json`` with retrieval on every split.
         temperature: the student's learned one; the recipe's initial value when not given.
@@ -57,7 +57,7 @@ def evaluate(
         looks = {"singles": singles} if scenes is None else {"singles": singles, "scenes": scenes}
         matching = {kind: _matching(model, batch, tau, device, recipe.seed) for kind, batch in looks.items()}
         layer, words = recipe.masking.layer, 2048 if full else 512
-        masks = {kind: mask_measures(model, batch, plan_masks, layer, device, words) for kind, batch in looks.items()}
+        masks = {kind: mask_measures(model, batch, look, layer, device, words) for kind, batch in looks.items()}
         probe = _flat(masks, matching)
         if not full:
             return probe
@@ -87,7 +87,7 @@ def _matching(model: Any, batch: Batch, temperature: float, device: torch.device
 
 def _pools(batch: Batch) -> Iterable[Batch]:
     for start in range(0, len(batch), MATCH_POOL):
-        yield rows_of(batch, slice(start, start + MATCH_POOL))
+        yield batch.rows(slice(start, start + MATCH_POOL))
 
 
 def _flat(masks: dict[str, dict[str, float]], matching: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from ..data.base import PairData, denormalise
 from ..data.batch import Batch
 from ..recipe import Recipe
 from .evaluate import frozen, sample
-from .masks import COVERAGE, NOT_DRAWN, PlanMasks, named_and_drawn, patch_coverage
+from .masks import COVERAGE, NOT_DRAWN, Look, named_and_drawn, patch_coverage
 
 SPECIAL = ("[CLS]", "[SEP]", "[PAD]")
 
 
 def write_gallery(
-    run_dir: Path | str, model: Any, data: PairData, plan_masks: PlanMasks, recipe: Recipe, device: torch.device | str
+    run_dir: Path | str, model: Any, data: PairData, look: Look, recipe: Recipe, device: torch.device | str
 ) -> Path:
     """Write ``gallery.json`` and ``gallery/*.png``: half scenes, half single drawings where the source composes scenes.
 
@@ -41,7 +41,7 @@ def write_gallery(
         fresh.mkdir(parents=True)
         pairs: list[dict[str, Any]] = []
         for kind, batch in looks:
-            for pair in _pairs(model, batch, plan_masks, recipe.masking.layer, data, device):
+            for pair in _pairs(model, batch, look, data, device):
                 picture = f"{len(pairs):02d}.png"
                 Image.fromarray(pair.pop("pixels")).save(fresh / picture)
                 pairs.append({"kind": kind, "image": f"gallery/{picture}", **pair})
@@ -55,16 +55,15 @@ def write_gallery(
     return run / "gallery.json"
 
 
-def _pairs(
-    model: Any, batch: Batch, plan_masks: PlanMasks, layer: int, data: PairData, device: torch.device | str
-) -> list[dict[str, Any]]:
+def _pairs(model: Any, batch: Batch, look: Look, data: PairData, device: torch.device | str) -> list[dict[str, Any]]:
     if not len(batch):
         return []
     batch = batch.to(device)
-    image = model.project_image(model.encode_image(batch.images).tokens)
-    text = model.encode_text(batch.token_ids, batch.token_mask).tokens
-    statistics = model.fuse(text, batch.token_mask, image, layer, query_mask=batch.maskable).statistics
-    plan = plan_masks(statistics, batch)
+    seen, plan = look(model, batch)
+    statistics = seen.statistics
+    assert statistics is not None
+    assert statistics.key_attention is not None
+    assert statistics.query_attention is not None
     pixels = (denormalise(batch.images) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
     named = None
     if batch.things is not None:

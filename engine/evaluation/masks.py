@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,13 +22,15 @@ from crossmask.kernels import AttentionStatistics
 
 from ..data.batch import Batch
 from ..masking import MaskPlan
+from ..objectives import Seen
 
 COVERAGE = 0.1
 NOT_DRAWN = 255  # in ``Batch.words``: names a thing that is not in the picture
 CHUNK = 128  # pictures looked at at once
 POINTING_CHUNK = 512  # words whose attention is read at once
 
-PlanMasks = Callable[[AttentionStatistics, Batch], MaskPlan]
+# What the teacher sees of a batch, and what the run's policy makes of it
+Look = Callable[[Any, Batch], tuple[Seen, MaskPlan]]
 
 
 @dataclass
@@ -138,7 +140,7 @@ def add_pointing(shares: Shares, batch: Batch, grid: tuple[int, int], words: Ten
 
 @torch.no_grad()
 def mask_measures(
-    model: Any, batch: Batch, plan_masks: PlanMasks, layer: int, device: torch.device | str, pointing_words: int = 2048
+    model: Any, batch: Batch, look: Look, layer: int, device: torch.device | str, pointing_words: int = 2048
 ) -> dict[str, float]:
     """All measures of this file on one batch of held-out pairs; shares from 0 to 1.
 
@@ -147,24 +149,14 @@ def mask_measures(
     shares = Shares()
     starts = range(0, len(batch), CHUNK)
     for start in starts:
-        part = rows_of(batch, slice(start, start + CHUNK)).to(device)
-        image = model.project_image(model.encode_image(part.images).tokens)
-        text = model.encode_text(part.token_ids, part.token_mask).tokens
-        fused = model.fuse(text, part.token_mask, image, layer, query_mask=part.maskable)
-        add_attention_shares(shares, fused.statistics, part.maskable)
-        plan = plan_masks(fused.statistics, part)
+        part = batch.rows(slice(start, start + CHUNK)).to(device)
+        seen, plan = look(model, part)
+        assert seen.statistics is not None
+        add_attention_shares(shares, seen.statistics, part.maskable)
         add_mask_shares(shares, plan, part, model.patch_grid)
         words = visible_words(part, max(pointing_words // len(starts), 1))
         if len(words):
-            maps = attention_maps(model, image, text, part.token_mask, layer, words)
+            image = model.project_image(seen.image.tokens)
+            maps = attention_maps(model, image, seen.text.tokens, part.token_mask, layer, words)
             add_pointing(shares, part, model.patch_grid, words, maps)
     return shares.result()
-
-
-def rows_of(batch: Batch, rows: slice) -> Batch:
-    """Some of a batch's pairs."""
-    parts: dict[str, Any] = {}
-    for f in fields(batch):
-        whole = getattr(batch, f.name)
-        parts[f.name] = None if whole is None else whole[rows]
-    return Batch(**parts)

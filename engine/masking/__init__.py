@@ -1,7 +1,21 @@
-"""From attention statistics to masks."""
+"""From what the teacher sees to masks: policies, ratios and their schedules, corruption."""
 
-from . import random, syncmask  # noqa: F401  (importing a policy's file registers it)
-from .plan import MaskContext, MaskPlan
-from .registry import MaskPolicy, build_policy, policies, register_policy
+from . import policies as _files  # noqa: F401  (importing a policy's file registers it)
+from .draws import Draws
+from .plan import KEEP, MaskContext, MaskPlan
+from .planner import MaskPlanner, check_masking
+from .registry import Corpus, Policy, build_policy, policies, register_policy
 
-__all__ = ["MaskContext", "MaskPlan", "MaskPolicy", "build_policy", "policies", "register_policy"]
+__all__ = [
+    "KEEP",
+    "Corpus",
+    "Draws",
+    "MaskContext",
+    "MaskPlan",
+    "MaskPlanner",
+    "Policy",
+    "build_policy",
+    "check_masking",
+    "policies",
+    "register_policy",
+]

@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from pydantic import ValidationError
+from torch import Tensor, nn
 
 from ..errors import RecipeError, nearest
-from ..recipe import MaskingSection
+from ..recipe import MaskingSection, Section
+from ..recipe_fields import describe
 from .plan import MaskContext, MaskPlan
 
 
-class MaskPolicy(Protocol):
-    def __init__(self, section: MaskingSection) -> None: ...
+@dataclass(frozen=True)
+class Corpus:
+    """The captions of the training set, for policies that count words once before the run."""
 
-    def __call__(self, context: MaskContext) -> MaskPlan: ...
+    captions: Sequence[Sequence[int]]  # token ids without special tokens
+    vocabulary_size: int
+    pieces: Callable[[str], Sequence[int]]  # the token ids of a word
+    continuations: frozenset[int] = frozenset()  # ids of pieces that go on with a word, such as ##s
 
 
-P = TypeVar("P", bound=type)
-_policies: dict[str, type] = {}
+class Policy:
+    """Base of the policies: its settings, and hooks that most of them leave alone."""
+
+    name: ClassVar[str] = ""  # set by register_policy
+    needs: ClassVar[tuple[str, ...]] = ()  # optional inputs of MaskContext that it reads
+
+    reads_thresholds: ClassVar[bool] = False  # of the recipe: image_threshold and text_threshold
+
+    class Options(Section):
+        """Settings beyond those that every policy shares: ``masking.options`` in a recipe."""
+
+    def __init__(self, section: MaskingSection | None = None, options: Section | None = None) -> None:
+        self.section = section or MaskingSection()
+        self.options = options if options is not None else self.Options()
+
+    def __call__(self, context: MaskContext) -> MaskPlan:
+        raise NotImplementedError
+
+    def prepare(self, corpus: Corpus) -> None:
+        """Count whatever is to be counted in the training captions; called once, with the same corpus on every rank."""
+
+    def network(self, width: int) -> nn.Module | None:
+        """A module (B, P, ``width``) -> (B, P) that student and teacher carry; the teacher's gives ``patch_scores``."""
+        return None
+
+    def network_loss(self, scores: Tensor, hidden: Tensor, losses: Tensor) -> Tensor:
+        """What the student's network is trained with: its ``scores``, the patches that were ``hidden`` and their
+        reconstruction ``losses``, all (B, P); ``losses`` are detached, and 0 where nothing was hidden."""
+        raise NotImplementedError
+
+
+P = TypeVar("P", bound=type[Policy])
+_policies: dict[str, type[Policy]] = {}
 
 
 def register_policy(name: str) -> Callable[[P], P]:
@@ -26,25 +67,53 @@ def register_policy(name: str) -> Callable[[P], P]:
     def add(policy: P) -> P:
         if name in _policies:
             raise ValueError(f"mask policy {name!r} is already registered")
+        policy.name = name
         _policies[name] = policy
         return policy
 
     return add
 
 
-def policies() -> dict[str, type]:
+def policies() -> dict[str, type[Policy]]:
     """All registered policies by name."""
     return dict(_policies)
 
 
-def build_policy(section: MaskingSection) -> MaskPolicy:
-    """The policy that a recipe names.
+def build_policy(section: MaskingSection, text: bool = False) -> Policy:
+    """The policy that a recipe names; with ``text`` the one that chooses the words.
 
     Raises:
-        RecipeError: no such policy; the message names the nearest one.
+        RecipeError: no such policy or option; the message names the nearest one.
     """
-    if section.policy not in _policies:
-        close = nearest(section.policy, _policies)
-        hint = f"did you mean {close!r}?" if close else f"known: {', '.join(sorted(_policies))}"
-        raise RecipeError(f"masking.policy: unknown policy {section.policy!r}; {hint}")
-    return _policies[section.policy](section)
+    field = "text_policy" if text else "policy"
+    name, given = (section.text_policy, section.text_options) if text else (section.policy, section.options)
+    assert name is not None
+    if name not in _policies:
+        raise RecipeError(f"masking.{field}: unknown policy {name!r}; {_hint(name, _policies)}")
+    kind = _policies[name]
+    try:
+        options = kind.Options.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = ".".join(str(part) for part in first["loc"])
+        where = f"masking.{'text_options' if text else 'options'}"
+        if first["type"] == "extra_forbidden":
+            known = list(kind.Options.model_fields)
+            hint = _hint(option, known) if known else "it has none"
+            raise RecipeError(f"{where}: policy {name!r} has no option {option!r}; {hint}") from None
+        if first["type"] == "value_error":
+            raise RecipeError(f"{where}: {first['ctx']['error']}") from None
+        raise RecipeError(
+            f"{where}.{option}: {first['input']!r} is not allowed; expected {describe(kind.Options, option)}"
+        ) from None
+    for field, value in options:
+        if isinstance(value, Path) and not value.expanduser().is_file():
+            where = f"masking.{'text_options' if text else 'options'}.{field}"
+            raise RecipeError(f"{where}: no such file {value}; check the path")
+    return kind(section, options)
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    close = nearest(word, known)
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"

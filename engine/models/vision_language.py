@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..recipe import ModelSection
+from .dropping import Visible
 from .fusion import Fused, FusionEncoder, KeyValue
 from .text import TextTower
 from .vision import ImageTower
@@ -22,6 +23,19 @@ T = TypeVar("T")
 class Encoded:
     tokens: Tensor  # (B, N, width) in the tower's dtype
     feature: Tensor  # (B, E) float32, length 1
+    visible: Visible | None = None  # of an image whose hidden patches were left out: N = 1 + V, CLS and what was kept
+    attention: Tensor | None = None  # (B, P) float32: how much of the last block's attention each patch gets
+
+    @property
+    def image_mask(self) -> Tensor | None:
+        """(B, 1 + V) bool: tokens that count, where rows differ in how many patches they kept; None = all."""
+        return None if self.visible is None else self.visible.after(1).valid
+
+    def rows(self, which: slice) -> Encoded:
+        """The same of some samples."""
+        visible = None if self.visible is None else self.visible.rows(which)
+        attention = None if self.attention is None else self.attention[which]
+        return Encoded(self.tokens[which], self.feature[which], visible, attention)
 
 
 class VisionLanguageModel(nn.Module):
@@ -31,12 +45,22 @@ class VisionLanguageModel(nn.Module):
     :class:`~crossmask.engine.models.pretraining.PretrainingModel`.
     """
 
-    def __init__(self, section: ModelSection, vocabulary_size: int, max_length: int, pad_id: int = 0) -> None:
+    def __init__(
+        self,
+        section: ModelSection,
+        vocabulary_size: int,
+        max_length: int,
+        pad_id: int = 0,
+        mask_network: nn.Module | None = None,
+        mask_id: int = 4,
+    ) -> None:
+        """``mask_network``: a mask policy's own module (B, P, image width) -> (B, P); student and teacher get one each.
+        ``mask_id``: the word [MASK]."""
         super().__init__()
         width, fusion = section.text.width, section.fusion
         self.pool = section.pool
         self.image = ImageTower(section.image)
-        self.text = TextTower(section.text, vocabulary_size, max_length, pad_id)
+        self.text = TextTower(section.text, vocabulary_size, max_length, pad_id, mask_id)
         self.image_projection = nn.Linear(section.image.width, section.projection_width)
         self.text_projection = nn.Linear(width, section.projection_width)
         self.fusion = FusionEncoder(
@@ -45,6 +69,7 @@ class VisionLanguageModel(nn.Module):
         self.match_head = nn.Linear(width, 2)
         self.word_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.word_bias = nn.Parameter(torch.zeros(vocabulary_size))
+        self.mask_network = mask_network
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -62,21 +87,62 @@ class VisionLanguageModel(nn.Module):
         """Run ``visit(self)`` inside this module's forward: ZeRO-3 gathers parameters only there."""
         return visit(self)
 
-    def encode_image(self, images: Tensor, patch_mask: Tensor | None = None) -> Encoded:
-        """(B, 3, H, W) -> tokens (B, 1 + P, width), CLS first. ``patch_mask`` (B, P) bool hides patches."""
-        tokens = self.image(images.to(self.dtype), patch_mask)
-        pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)
-        return Encoded(tokens, F.normalize(self.image_projection(pooled).float(), dim=-1))
+    def encode_image(
+        self,
+        images: Tensor,
+        patch_mask: Tensor | None = None,
+        *,
+        drop: bool = False,
+        drop_after: int = 0,
+        visible_count: int | None = None,
+        attention: bool = False,
+    ) -> Encoded:
+        """(B, 3, H, W) -> tokens (B, 1 + P, width), CLS first. ``patch_mask`` (B, P) bool hides patches.
 
-    def encode_text(self, token_ids: Tensor, token_mask: Tensor) -> Encoded:
-        """(B, L) ids and mask -> tokens (B, L, width)."""
-        tokens = self.text(token_ids, token_mask)
+        ``drop``, ``drop_after``, ``visible_count``: leave hidden patches out, see :class:`ImageTower`; the tokens are
+        then (B, 1 + V, width) and ``visible`` says which. ``attention``: also fill ``Encoded.attention``, seen from the
+        token, or the tokens, that ``pool`` reads.
+        """
+        seen = self.image(
+            images.to(self.dtype),
+            patch_mask,
+            drop=drop,
+            drop_after=drop_after,
+            visible_count=visible_count,
+            attention_of=self.pool if attention else None,
+        )
+        tokens, visible = seen.tokens, seen.visible
+        if self.pool == "cls":
+            pooled = tokens[:, 0]
+        elif visible is None:
+            pooled = tokens[:, 1:].mean(1)
+        else:
+            pooled = _mean(tokens[:, 1:], visible.valid)
+        feature = F.normalize(self.image_projection(pooled).float(), dim=-1)
+        return Encoded(tokens, feature, visible, seen.attention)
+
+    def encode_text(
+        self, token_ids: Tensor, token_mask: Tensor, hidden: Tensor | None = None, links: Tensor | None = None
+    ) -> Encoded:
+        """(B, L) ids and mask -> tokens (B, L, width). ``hidden`` (B, L) and ``links`` (B, L, L): :class:`TextTower`.
+
+        Hidden words have no part in the feature.
+        """
+        tokens = self.text(token_ids, token_mask, hidden, links)
         if self.pool == "cls":
             pooled = tokens[:, 0]
         else:  # the mean over everything but [CLS], whose embedding says nothing without self-attention
-            words = token_mask.to(tokens.dtype)[:, 1:, None]
+            read = token_mask if hidden is None else token_mask & ~hidden
+            words = read.to(tokens.dtype)[:, 1:, None]
             pooled = (tokens[:, 1:] * words).sum(1) / words.sum(1).clamp(min=1)
         return Encoded(tokens, F.normalize(self.text_projection(pooled).float(), dim=-1))
+
+    def score_patches(self, image_tokens: Tensor) -> Tensor:
+        """(B, 1 + P, width) -> (B, P) float32: what the mask network says of every patch."""
+        if self.mask_network is None:
+            raise ValueError("the model has no mask network to score patches with: pass mask_network")
+        scores: Tensor = self.mask_network(image_tokens[:, 1:])
+        return scores.float()
 
     def project_image(self, image_tokens: Tensor) -> list[KeyValue]:
         """(B, 1 + P, width) -> per fusion layer the keys and values, each (B, H, 1 + P, D)."""
@@ -89,9 +155,22 @@ class VisionLanguageModel(nn.Module):
         image: Sequence[KeyValue],
         statistics_layer: int | None = None,
         query_mask: Tensor | None = None,
+        *,
+        links: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        image_mask: Tensor | None = None,
     ) -> Fused:
         """See :meth:`FusionEncoder.forward`."""
-        return self.fusion(text_tokens, token_mask, image, statistics_layer, query_mask)
+        return self.fusion(
+            text_tokens,
+            token_mask,
+            image,
+            statistics_layer,
+            query_mask,
+            links=links,
+            head_mask=head_mask,
+            image_mask=image_mask,
+        )
 
     def match_logits(self, fused_tokens: Tensor, token_mask: Tensor) -> Tensor:
         """(B, L, width) -> (B, 2) float32; class 1 says the pair belongs together."""
@@ -105,3 +184,11 @@ class VisionLanguageModel(nn.Module):
     def word_logits(self, rows: Tensor) -> Tensor:
         """(N, width) fused rows -> (N, V); the decoder is tied to the word embeddings."""
         return F.linear(self.word_head(rows), self.text.word_embeddings.weight, self.word_bias)
+
+
+def _mean(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """(B, V, width) -> (B, width): the mean over places that count, 0 where there are none."""
+    if valid is None:
+        return tokens.mean(1) if tokens.shape[1] else tokens.sum(1)
+    counts = valid[..., None]
+    return tokens.where(counts, 0.0).sum(1) / counts.sum(1).clamp(min=1)

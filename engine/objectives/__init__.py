@@ -2,6 +2,7 @@
 
 from .itc import image_text_contrast
 from .itm import PRIOR, image_text_matching
+from .masks import RunMasks, Seen
 from .mim import masked_image_modelling
 from .mlm import masked_language_modelling
 from .views import Keys, StudentView, TeacherView, Terms, look
@@ -9,6 +10,8 @@ from .views import Keys, StudentView, TeacherView, Terms, look
 __all__ = [
     "PRIOR",
     "Keys",
+    "RunMasks",
+    "Seen",
     "StudentView",
     "TeacherView",
     "Terms",

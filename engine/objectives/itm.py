@@ -50,10 +50,12 @@ def image_text_matching(
     temperature: Tensor,
     rows: int,
     hardness: float = 1.0,
+    head_mask: Tensor | None = None,
 ) -> Terms:
     """ITM of ALBEF: a pair, the same text with a negative image, the same image with a negative text.
 
-    Gradients reach the negatives too. ``token_mask`` (B, L), ``group_id`` (B,).
+    Gradients reach the negatives too. ``token_mask`` (B, L), ``group_id`` (B,); ``head_mask`` (layers, H) bool says
+    which heads of the fusion encoder's cross-attention are on.
     """
     assert student.image_keys is not None
     tau = temperature.detach().float().clamp(0.001, 0.5)
@@ -64,6 +66,7 @@ def image_text_matching(
         student.text.tokens[text_index],
         token_mask[text_index],
         [(k[image_index], v[image_index]) for k, v in student.image_keys],
+        head_mask=head_mask,
     )
     logits = model.match_logits(fused.tokens, token_mask[text_index])
     target = (torch.arange(3 * rows, device=group_id.device) < rows).long()

@@ -10,9 +10,10 @@ from torch import Tensor
 from crossmask.kernels import AttentionStatistics
 
 from ..data.batch import Batch
-from ..masking import MaskContext, MaskPlan, MaskPolicy
+from ..masking import MaskPlan
 from ..models import Encoded, VisionLanguageModel
 from ..models.fusion import KeyValue
+from .masks import RunMasks
 
 Terms = dict[str, Tensor]  # named scalars: losses under their objective's name, measures under longer names
 
@@ -49,27 +50,22 @@ class Keys:
 
 
 @torch.no_grad()
-def look(teacher: VisionLanguageModel, batch: Batch, policy: MaskPolicy, layer: int, rows: int) -> TeacherView:
+def look(teacher: VisionLanguageModel, batch: Batch, masks: RunMasks, step: int, rows: int) -> TeacherView:
     """The teacher's features of the whole batch, and of its first ``rows`` pairs everything that masking needs."""
-    image = teacher.encode_image(batch.images)
+    image = teacher.encode_image(batch.images, attention=masks.attention and rows > 0)
     text = teacher.encode_text(batch.token_ids, batch.token_mask)
     if rows == 0:
         return TeacherView(image.feature, text.feature)
-    fused = teacher.fuse(
-        text.tokens[:rows],
-        batch.token_mask[:rows],
-        teacher.project_image(image.tokens[:rows]),
-        statistics_layer=layer,
-        query_mask=batch.maskable[:rows],
-    )
-    assert fused.statistics is not None
-    plan = policy(MaskContext(fused.statistics, batch.maskable[:rows]))
+    part = batch.rows(slice(rows))
+    seen = masks.see(teacher, part, image.rows(slice(rows)), text.rows(slice(rows)))
+    assert seen.fused_tokens is not None
+    plan = masks.plan(teacher, part, seen, step)
     return TeacherView(
         image.feature,
         text.feature,
-        image.tokens[:rows],
-        fused.tokens,
-        fused.statistics,
+        seen.image.tokens,
+        seen.fused_tokens,
+        seen.statistics,
         plan,
-        teacher.word_logits(fused.tokens[plan.text]),
+        teacher.word_logits(seen.fused_tokens[plan.text]),
     )

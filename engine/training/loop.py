@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from crossmask.kernels import native
 
 from ..data import load_data
+from ..data.batch import Batch
 from ..errors import CheckpointError, RecipeError
 from ..evaluation import build_report, describe_machine, evaluate, print_summary, write_gallery
 from ..failures import EXIT_STOPPED
-from ..masking import build_policy
-from ..objectives import Terms
+from ..masking import MaskPlan, check_masking
+from ..objectives import Seen, Terms
 from ..recipe import Recipe
 from ..recipe_files import dump_recipe
 from .agreement import any_rank
@@ -44,7 +45,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool) -> int:
     """
     quiet()
     rank, world_size, device = init_distributed()
-    build_policy(recipe.masking)  # an unknown policy is said before the data is read
+    check_masking(recipe)  # an unknown policy is said before the data is read
     data = load_data(recipe)
     pretrainer = Pretrainer(recipe, data, rank, world_size, device)
     run = Run(recipe, run_dir, pretrainer, rank, world_size)
@@ -181,6 +182,8 @@ class Run:
             "trained_s": self._elapsed(),
             "unlogged": unlogged,  # what each rank has summed since the last record
         }
+        if self.recipe.masking.heads.kind == "importance":
+            extra["head_importance"] = p.head_importance().tolist()
         path = checkpoints.save(step, p.engine, p.teacher, p.queue, extra)
         self.display.message(f"checkpoint {path.name} saved")
 
@@ -199,6 +202,8 @@ class Run:
         p.next_step = state.step
         p.guard.skipped, p.guard.in_a_row = int(extra["skipped_steps"]), int(extra["skipped_in_a_row"])
         self.trained_s, self.temperature = float(extra["trained_s"]), float(extra["temperature"])
+        if "head_importance" in extra:
+            p.restore_head_importance(torch.tensor(extra["head_importance"]))
         for name, (value, count) in extra["unlogged"][self.rank].items():
             self.sums[name] = torch.tensor(value, dtype=torch.float64)
             self.counts[name] = int(count)
@@ -237,8 +242,14 @@ class Run:
     ) -> dict[str, Any]:
         p = self.pretrainer
         return evaluate(
-            teacher, p.data, p.plan_masks, self.recipe, p.device, full, temperature=self.temperature, progress=progress
+            teacher, p.data, self._look, self.recipe, p.device, full, temperature=self.temperature, progress=progress
         )
+
+    def _look(self, model: Any, batch: Batch) -> tuple[Seen, MaskPlan]:
+        """A held-out batch as the masks of the run see it now."""
+        masks = self.pretrainer.masks
+        seen = masks.see(model, batch)
+        return seen, masks.plan(model, batch, seen, self.pretrainer.next_step)
 
     def _finish(self, stop: StopRequest) -> dict[str, Any] | None:
         """Export, final evaluation, masked pairs. Collective; None on every rank when asked to stop meanwhile."""
@@ -277,7 +288,7 @@ class Run:
         _write(self.run_dir / "evaluation.json", json.dumps(measured, indent=1))
         if p.data.splits:
             progress("drawing masked pairs")
-            write_gallery(self.run_dir, teacher, p.data, p.plan_masks, self.recipe, p.device)
+            write_gallery(self.run_dir, teacher, p.data, self._look, self.recipe, p.device)
         return measured
 
     def _elapsed(self) -> float:

@@ -6,13 +6,17 @@ import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from ..data import PairData, StepSampler
 from ..data.batch import Batch
 from ..deepspeed_config import build_deepspeed_config
-from ..masking import MaskContext, MaskPlan, MaskPolicy, build_policy
+from ..masking import Draws
+from ..masking.heads import head_masks
 from ..models import PretrainingModel, VisionLanguageModel
-from ..objectives import Keys, TeacherView, Terms, look
+from ..models.fusion import FusionEncoder
+from ..objectives import Keys, RunMasks, TeacherView, Terms, look
 from ..recipe import Recipe
 from ..teacher import FeatureQueue, Teacher, gather_features
 from .nonfinite import NonFiniteGuard
@@ -46,9 +50,12 @@ class Pretrainer:
 
         self.recipe, self.data, self.rank, self.device = recipe, data, rank, device
         training, model = recipe.training, recipe.model
+        self.masks = RunMasks(recipe, data)
         torch.manual_seed(recipe.seed)  # the same initial weights on every rank
-        student = PretrainingModel(model, recipe.objectives, data.tokenizer.vocabulary_size, data.max_tokens)
-        mirror = VisionLanguageModel(model, data.tokenizer.vocabulary_size, data.max_tokens)
+        sizes = (data.tokenizer.vocabulary_size, data.max_tokens)
+        network = self.masks.network()
+        student = PretrainingModel(model, recipe.objectives, *sizes, masking=recipe.masking, mask_network=network)
+        mirror = VisionLanguageModel(model, *sizes, mask_network=self.masks.network())
         self.engine: Any = deepspeed.initialize(
             model=student,
             optimizer=build_optimizer(student, recipe.optimizer),
@@ -56,7 +63,6 @@ class Pretrainer:
         )[0]
         self.teacher = Teacher(self.engine, mirror, recipe.teacher.momentum, recipe.teacher.warmup)
         self.queue = FeatureQueue(recipe.objectives.itc.queue_length, model.projection_width, device)
-        self.policy: MaskPolicy = build_policy(recipe.masking)
         self.sampler = StepSampler(
             data.train_size, training.batch_size, world_size, recipe.seed, training.accumulation_steps
         )
@@ -76,13 +82,13 @@ class Pretrainer:
         lr = learning_rate(step, recipe)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        micro_batches = recipe.training.accumulation_steps
+        micro_batches, heads = recipe.training.accumulation_steps, self._head_mask(schedule)
         totals: Terms = {}
         for micro, indices in enumerate(self.sampler.indices(step, self.rank).reshape(micro_batches, -1)):
             clock = Clock(self.seconds)
-            batch = self.data.train_batch(indices, self.sampler.epoch(step)).to(self.device)
+            batch = self.masks.add_priors(self.data.train_batch(indices, self.sampler.epoch(step))).to(self.device)
             clock.lap("data")
-            terms = self._micro_step(batch, schedule, clock, micro == micro_batches - 1)
+            terms = self._micro_step(batch, schedule, heads, clock, micro == micro_batches - 1)
             if terms is None:  # one bad micro-batch spoils the whole step
                 totals = {}
                 break
@@ -97,19 +103,21 @@ class Pretrainer:
             "skipped_steps": float(self.guard.skipped),
         }
 
-    def _micro_step(self, batch: Batch, schedule: Schedule, clock: Clock, last: bool) -> Terms | None:
+    def _micro_step(
+        self, batch: Batch, schedule: Schedule, heads: Tensor | None, clock: Clock, last: bool
+    ) -> Terms | None:
         recipe = self.recipe
         rows = fusion_rows(len(batch), recipe.objectives, schedule)
         with self.teacher.weights() as teacher:
-            view: TeacherView = teacher(lambda m: look(m, batch, self.policy, recipe.masking.layer, rows))
+            view: TeacherView = teacher(lambda m: look(m, batch, self.masks, schedule.step, rows))
         fresh = [gather_features(x) for x in (view.image_feature, view.text_feature, batch.group_id)]
         keys = Keys(*fresh)
         if schedule.queue:
             queued = (self.queue.image, self.queue.text, self.queue.group_id)
             keys = Keys(*(torch.cat(pair) for pair in zip(fresh, queued, strict=True)))
         clock.lap("teacher")
-        mask_id = self.data.tokenizer.mask_id
-        loss, terms = self.engine(lambda m: compute_losses(m, batch, view, keys, recipe.objectives, schedule, mask_id))
+        planner = self.masks.planner
+        loss, terms = self.engine(lambda m: compute_losses(m, batch, view, keys, recipe, schedule, planner, heads))
         clock.lap("student")
         if not self.guard.accept(loss, batch.index, self.engine):
             return None
@@ -124,9 +132,34 @@ class Pretrainer:
             self.guard.stepped(applied, batch.index)
         return terms | _mask_measures(view, batch)
 
-    def plan_masks(self, statistics: Any, batch: Batch) -> MaskPlan:
-        """The run's policy, in the shape that evaluation asks for."""
-        return self.policy(MaskContext(statistics, batch.maskable))
+    def _head_mask(self, schedule: Schedule) -> Tensor | None:
+        section, fusion = self.recipe.masking.heads, self.recipe.model.fusion
+        if section.kind == "none":
+            return None
+        nobody = torch.zeros(1, dtype=torch.int64, device=self.device)  # the same heads are off for all samples
+        draws = Draws(self.recipe.seed, schedule.step, nobody)
+        importance = None
+        if section.kind == "importance":
+            importance = self.head_importance()
+            self._fusion.record_importance()
+        return head_masks(section, fusion.depth, fusion.heads, draws, importance)
+
+    @property
+    def _fusion(self) -> FusionEncoder:
+        fusion: FusionEncoder = self.engine.module.model.fusion
+        return fusion
+
+    def head_importance(self) -> Tensor:
+        """(layers, H) float32: how much each head mattered when it was last on, summed over ranks. Collective."""
+        importance = self._fusion.head_importance().to(self.device)
+        if dist.is_initialized():
+            dist.all_reduce(importance)
+        return importance
+
+    def restore_head_importance(self, importance: Tensor) -> None:
+        """Undo :meth:`head_importance`: the first rank takes all of it, so that the sum over ranks is what it was."""
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        self._fusion.restore_importance(importance.to(self.device) * float(first))
 
 
 def _mask_measures(view: TeacherView, batch: Batch) -> Terms:

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from crossmask.kernels import topk_mask
+
 from ..data.batch import Batch
+from ..masking import Draws, MaskPlan, MaskPlanner
+from ..masking.links import build_links
 from ..models import PretrainingModel
 from ..objectives import (
     Keys,
@@ -29,13 +33,17 @@ class Schedule:
     fusion: bool  # whether ITM, MLM and MIM are on
     hardness: float  # of ITM's negatives, 0..1
     queue: bool  # whether ITC contrasts with the momentum queue
+    patch_drop: float = 0.0  # share of the student's patches that are left out of the intact pass
+    step: int = 0
 
     @classmethod
     def at(cls, step: int, recipe: Recipe) -> Schedule:
         progress, section = step / recipe.training.max_steps, recipe.objectives
+        patch_drop = section.itc.patch_drop if progress < section.itc.patch_drop_until else 0.0
         fusion = any(o.weight > 0 for o in (section.itm, section.mlm, section.mim)) and progress >= section.fusion_start
         hardness = section.itm.hardness * _rise(progress - section.fusion_start, section.itm.hardness_ramp)
-        return cls(_rise(progress, section.distillation_ramp), fusion, hardness, progress >= section.itc.queue_start)
+        distillation, queue = _rise(progress, section.distillation_ramp), progress >= section.itc.queue_start
+        return cls(distillation, fusion, hardness, queue, patch_drop, step)
 
 
 def _rise(progress: float, over: float) -> float:
@@ -50,19 +58,34 @@ def fusion_rows(batch_size: int, section: ObjectivesSection, schedule: Schedule)
     return batch_size if section.fusion_rows is None else min(batch_size, section.fusion_rows)
 
 
+def masked_words(plan: MaskPlan, mask_id: int) -> Tensor:
+    """(R, L) bool: the words that are read as [MASK]."""
+    assert plan.replacement is not None
+    return plan.replacement.eq(mask_id)
+
+
 def compute_losses(
     student: PretrainingModel,
     batch: Batch,
     view: TeacherView,
     keys: Keys,
-    section: ObjectivesSection,
+    recipe: Recipe,
     schedule: Schedule,
-    mask_id: int,
+    masks: MaskPlanner,
+    head_mask: Tensor | None = None,
 ) -> tuple[Tensor, Terms]:
     """The weighted sum of all objectives that are on, and every named term, detached."""
-    model, alpha = student.model, schedule.distillation
+    model, alpha, section, masking = student.model, schedule.distillation, recipe.objectives, recipe.masking
     rows = 0 if view.plan is None else len(view.plan.text)
-    image, text = model.encode_image(batch.images), model.encode_text(batch.token_ids, batch.token_mask)
+    draws = Draws(recipe.seed, schedule.step, batch.index)
+    text = model.encode_text(batch.token_ids, batch.token_mask)
+    if schedule.patch_drop > 0:
+        patches = model.patch_grid[0] * model.patch_grid[1]
+        gone = int(schedule.patch_drop * patches)
+        away = topk_mask(draws.uniform("patch drop", patches), k=gone)
+        image = model.encode_image(batch.images, away, drop=True, visible_count=patches - gone)
+    else:
+        image = model.encode_image(batch.images)
     seen = StudentView(image, text, model.project_image(image.tokens) if rows else None)
 
     terms: Terms = {}
@@ -71,20 +94,50 @@ def compute_losses(
         terms |= image_text_contrast(seen, view, keys, batch.group_id, student.temperature[0], distillation)
     if rows and section.itm.weight > 0:
         terms |= image_text_matching(
-            model, seen, view, batch.token_mask, batch.group_id, student.temperature[0], rows, schedule.hardness
+            model,
+            seen,
+            view,
+            batch.token_mask,
+            batch.group_id,
+            student.temperature[0],
+            rows,
+            schedule.hardness,
+            head_mask=head_mask,
         )
     if rows and section.mlm.weight > 0:
+        assert view.plan is not None
         ids, mask = batch.token_ids[:rows], batch.token_mask[:rows]
-        terms |= masked_language_modelling(model, seen, view, ids, mask, mask_id, alpha * section.mlm.distillation)
+        terms |= masked_language_modelling(
+            model,
+            seen,
+            view,
+            ids,
+            mask,
+            alpha * section.mlm.distillation,
+            later=masked_words(view.plan, masks.mask_id) if masking.hidden_words == "later" else None,
+            links=build_links(masking.links, mask, Draws(recipe.seed, schedule.step, batch.index[:rows])),
+            head_mask=head_mask,
+        )
     if rows and section.mim.weight > 0:
         images, mask = batch.images[:rows], batch.token_mask[:rows]
-        terms |= masked_image_modelling(student, seen, view, images, mask, section.mim.target)
+        terms |= masked_image_modelling(
+            student,
+            seen,
+            view,
+            images,
+            mask,
+            section.mim.target,
+            drop=masking.hidden_patches == "drop",
+            drop_after=masking.drop_after,
+            network_loss=masks.policy.network_loss if model.mask_network is not None else None,
+        )
 
     weights = {
         "itc": section.itc.weight,
         "itm": section.itm.weight,
         "mlm": section.mlm.weight,
         "mim": section.mim.weight,
+        "mask_network": 1.0,  # no other parameter has a gradient of it; it does count where gradients are clipped
     }
     loss = 0.0 * student.temperature.float().sum()  # a live graph even where no objective has begun
     for name, term in terms.items():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from crossmask.kernels import topk_mask
 
-from ..recipe import MaskingSection
-from .plan import MaskContext, MaskPlan
-from .registry import register_policy
+from ..plan import MaskContext, MaskPlan
+from ..registry import Policy, register_policy
 
 
 @register_policy("syncmask")
-class SyncMask:
+class SyncMask(Policy):
     """Hide exactly the patches and words that the teacher's cross-attention connects.
 
     SyncMask (Song et al., CVPR 2024): w_img is the mean over heads and words of the softmax over patches, w_txt the
@@ -20,25 +19,25 @@ class SyncMask:
     tokens and function words would otherwise draw much of it.
     """
 
-    def __init__(self, section: MaskingSection) -> None:
-        self.section = section
+    needs = ("statistics",)
+    reads_thresholds = True
 
     def __call__(self, context: MaskContext) -> MaskPlan:
-        found, section = context.statistics, self.section
+        found = context.need("statistics", self.name)
         if found.key_attention is None or found.query_attention is None:
             raise ValueError("syncmask needs the statistics key_attention and query_attention")
         return MaskPlan(
             image=topk_mask(
                 found.key_attention,
-                ratio=section.image_ratio,
+                ratio=context.image_ratio,
                 # A caption without a word that counts has looked nowhere: every patch would tie at 0.
                 valid=context.maskable.any(1, keepdim=True).expand_as(found.key_attention),
-                threshold=section.image_threshold,
+                threshold=self.section.image_threshold,
             ),
             text=topk_mask(
                 found.query_attention,
-                ratio=section.text_ratio,
+                ratio=context.text_ratio,
                 valid=context.maskable,
-                threshold=section.text_threshold,
+                threshold=self.section.text_threshold,
             ),
         )

@@ -1,0 +1,42 @@
+"""Random masking, the baseline every attentive policy is held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crossmask.kernels import topk_mask
+
+from ..plan import MaskContext, MaskPlan
+from ..registry import Policy, register_policy
+
+
+@register_policy("random")
+class RandomMask(Policy):
+    """Patches and words drawn uniformly at the recipe's ratios (MAE, He et al. 2022; BERT, Devlin et al. 2019)."""
+
+    def __call__(self, context: MaskContext) -> MaskPlan:
+        return MaskPlan(random_patches(context), random_words(context))
+
+
+def random_patches(context: MaskContext, purpose: str = "random patches") -> Tensor:
+    """(B, P) bool: ``image_ratio`` of the patches, all equally likely."""
+    return topk_mask(context.draws.uniform(purpose, context.patches), ratio=context.image_ratio)
+
+
+def random_words(context: MaskContext, purpose: str = "random words") -> Tensor:
+    """(B, L) bool: ``text_ratio`` of the maskable words, all equally likely."""
+    scores = context.draws.uniform(purpose, context.maskable.shape[1])
+    return topk_mask(scores, ratio=context.text_ratio, valid=context.maskable)
+
+
+def drawn(
+    weights: Tensor, ratio: float | Tensor, context: MaskContext, purpose: str, valid: Tensor | None = None
+) -> Tensor:
+    """Positions drawn without replacement in proportion to ``weights`` (B, N), at least 0; zero weights come last."""
+    return topk_mask(
+        weights.clamp(min=torch.finfo(torch.float32).tiny).log(),
+        ratio=ratio,
+        valid=valid,
+        **context.draws.gumbel(purpose),
+    )

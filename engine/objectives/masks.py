@@ -1,0 +1,129 @@
+"""A run's masks: the planner, and what it reads of a model and a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossmask.kernels import AttentionStatistics, max_similarity
+
+from ..data import PairData
+from ..data.batch import Batch
+from ..data.tokenizer import split_words
+from ..errors import RecipeError
+from ..masking import Corpus, Draws, MaskContext, MaskPlan, MaskPlanner, check_masking
+from ..masking.priors import PatchPriors
+from ..models import Encoded, VisionLanguageModel
+from ..recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Intact pairs through a model, as far as masks are chosen from them."""
+
+    image: Encoded
+    text: Encoded
+    statistics: AttentionStatistics | None
+    fused_tokens: Tensor | None = None  # (B, L, width)
+
+
+class RunMasks:
+    """From a batch and a model to the plan of a recipe.
+
+    Raises:
+        RecipeError: the recipe's policy, its options or its prior cannot be used, or its policy needs an input that the
+            recipe does not provide.
+    """
+
+    def __init__(self, recipe: Recipe, data: PairData) -> None:
+        section, image = recipe.masking, recipe.model.image
+        self.recipe = recipe
+        self.planner = MaskPlanner(section, data.tokenizer.mask_id, data.tokenizer.vocabulary_size)
+        grid = (image.size // image.patch_size,) * 2
+        self.priors = None if section.prior is None else PatchPriors(section.prior, grid, data.train_size)
+        check_masking(recipe)
+        single = recipe.data.source == "pairs" or recipe.data.scenes.fraction == 0
+        if self.priors is not None and self.priors.table is not None and (recipe.data.augment > 0 or not single):
+            raise RecipeError(
+                f"masking.prior: {section.prior} has a row for every sample, of the image as it lies; set data.augment"
+                " and data.scenes.fraction to 0, or give one row for all"
+            )
+        if self.planner.counts:
+            self.planner.prepare(corpus(data))
+
+    def network(self) -> nn.Module | None:
+        """A fresh network of the policy, for a model to carry; most policies have none."""
+        return self.planner.policy.network(self.recipe.model.image.width)
+
+    @property
+    def attention(self) -> bool:
+        """Whether the image tower's own attention is read."""
+        return "image_attention" in self.planner.needs
+
+    def add_priors(self, batch: Batch) -> Batch:
+        """A training batch, still on the CPU, with its patches' weights."""
+        if self.priors is None:
+            return batch
+        return replace(batch, priors=self.priors(batch, training=True))
+
+    def see(
+        self, model: VisionLanguageModel, batch: Batch, image: Encoded | None = None, text: Encoded | None = None
+    ) -> Seen:
+        """A batch through the model; towers that have run already are not run again."""
+        if image is None:
+            image = model.encode_image(batch.images, attention=self.attention)
+        if text is None:
+            text = model.encode_text(batch.token_ids, batch.token_mask)
+        fused = model.fuse(
+            text.tokens,
+            batch.token_mask,
+            model.project_image(image.tokens),
+            statistics_layer=self.recipe.masking.layer,
+            query_mask=batch.maskable,
+        )
+        return Seen(image, text, fused.statistics, fused.tokens)
+
+    @torch.no_grad()
+    def plan(self, model: VisionLanguageModel, batch: Batch, seen: Seen, step: int) -> MaskPlan:
+        """What to hide in a batch at a step of the run."""
+        return self.planner(self.context(model, batch, seen, step))
+
+    def context(self, model: VisionLanguageModel, batch: Batch, seen: Seen, step: int) -> MaskContext:
+        needs = self.planner.needs
+        given: dict[str, Any] = {}
+        if needs & {"similarities", "caption_similarity"}:
+            patches = F.normalize(model.image_projection(seen.image.tokens[:, 1:]).float(), dim=-1)
+            if "similarities" in needs:
+                words = F.normalize(model.text_projection(seen.text.tokens).float(), dim=-1)
+                given["similarities"] = max_similarity(patches, words, batch.maskable)
+            given["caption_similarity"] = (patches @ seen.text.feature[:, :, None])[:, :, 0]
+        if "patch_scores" in needs and model.mask_network is not None:
+            given["patch_scores"] = model.score_patches(seen.image.tokens)
+        if "priors" in needs and self.priors is not None:
+            given["priors"] = batch.priors if batch.priors is not None else self.priors(batch, training=False)
+        return MaskContext(
+            batch.token_ids,
+            batch.token_mask,
+            batch.maskable,
+            model.patch_grid,
+            Draws(self.recipe.seed, step, batch.index),
+            step=step,
+            progress=min(1.0, step / self.recipe.training.max_steps),
+            statistics=seen.statistics,
+            image_attention=seen.image.attention,
+            image_features=seen.image.tokens[:, 1:],
+            **given,
+        )
+
+
+def corpus(data: PairData) -> Corpus:
+    """The training captions as token ids."""
+    pieces = data.tokenizer.pieces
+    captions = [[i for word in split_words(text) for i in pieces(word)] for text in data.training_captions()]
+    size = data.tokenizer.vocabulary_size
+    continuations = [i for i, name in enumerate(data.tokenizer.words(range(size))) if name.startswith("##")]
+    return Corpus(captions, size, pieces, frozenset(continuations))
