@@ -71,7 +71,8 @@ def cross_attention(
         head_mask: (H,) or (B, H) bool, True = on. A head that is off gives zeros and counts in no mean.
         link_mask: (B, S, P) or (1, S, P) bool, True = this query may attend to this key, in every head: segment,
             causal, sequence-to-sequence or token-to-token masks. A row without a link gives zeros, as one without
-            keys; the softmax over queries is over those with a link to the key, and without any counts as zero.
+            keys; the softmax over queries is over those with a link to the key, and without any counts as zero. What
+            is padding belongs into ``key_mask``: a key that only no link reaches must still be finite.
         scale: factor on the logits, a number; default ``D ** -0.5``. Multiply ``q`` by a learned one.
         dropout_p: probability of dropping a weight, in [0, 1); what is kept is divided by ``1 - dropout_p``. Pass 0
             when evaluating.

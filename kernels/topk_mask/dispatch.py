@@ -18,9 +18,13 @@ TRITON_POSITIONS = 16384  # a program holds its whole row
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looks for it without importing it
 
 
-@torch.compiler.assume_constant_result  # torch.compile would trace into what loads the extension
 def _no_native() -> str | None:
     return native.status().missing("cpu")
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler, and Triton with it, for everybody:
+# torch.compile would trace into what loads the extension.
+_no_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(impl: str | None, device: torch.device, positions: int) -> str:
