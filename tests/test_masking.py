@@ -14,11 +14,12 @@ from crossmask.engine.masking import (
     MaskPlanner,
     Policy,
     build_policy,
+    check_masking,
     policies,
     register_policy,
 )
 from crossmask.engine.masking import registry as registry_file
-from crossmask.engine.recipe import MaskingSection
+from crossmask.engine.recipe import MaskingSection, Recipe
 from crossmask.kernels import AttentionStatistics, cross_attention
 
 PATCHES = torch.tensor([[0.05, 0.30, 0.10, 0.20, 0.30, 0.05], [0.50, 0.10, 0.10, 0.10, 0.10, 0.10]])
@@ -173,6 +174,29 @@ def test_options_are_checked_by_name_and_range() -> None:
         with pytest.raises(RecipeError) as caught:
             MaskPlanner(MaskingSection.model_validate(given), 4, 20)
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"policy": "prior"}, "mask policy 'prior' needs priors, which is missing: masking.prior provides it"),
+        ({"prior": "contrast"}, "masking.prior: policy 'syncmask' reads no prior; remove it, or take 'prior'"),
+        ({"text_policy": "adamae"}, "masking.text_policy: 'adamae' has a network that chooses patches; name it as"),
+        ({"policy": "random", "image_threshold": 0.1}, "masking.image_threshold: policy 'random' has no threshold"),
+        ({"text_policy": "pmi", "text_threshold": 0.1}, "masking.text_threshold: policy 'pmi' has no threshold"),
+        ({"text_policy": "difference", "text_options": {"reference": "/gone"}}, "text_options.reference: no such file"),
+    ],
+)
+def test_what_has_no_effect_or_no_input_is_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_masking(Recipe.model_validate({"masking": given}))
+    assert message in str(caught.value)
+
+
+def test_a_network_that_nothing_trains_is_refused() -> None:
+    recipe = Recipe.model_validate({"masking": {"policy": "adamae"}, "objectives": {"mim": {"weight": 0.0}}})
+    with pytest.raises(RecipeError, match=r"'adamae' needs patch_scores.*objectives.mim"):
+        check_masking(recipe)
 
 
 def test_words_can_have_a_policy_of_their_own() -> None:

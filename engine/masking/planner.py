@@ -84,6 +84,8 @@ def check_masking(recipe: Recipe) -> None:
         "patch_losses": False,
     }
     planner.require([name for name, is_given in given.items() if not is_given])
+    if section.prior is not None and "priors" not in planner.needs:
+        raise RecipeError(f"masking.prior: policy {planner.policy.name!r} reads no prior; remove it, or take 'prior'")
     words = planner.text_policy
     if words is not None and "patch_scores" in words.needs:
         raise RecipeError(
