@@ -6,16 +6,13 @@ The host functions run on the meta device, which has shapes and strides but no m
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from ahead_of_time import Job, specialise
+from proof import source
 
 from crossmask.kernels import launch
 from crossmask.kernels.cross_attention.request import Forward, Gradients, Masks, Request
@@ -153,9 +150,3 @@ def describe(one: launch.Launch, arch: str, width: int, d: int, dtype: str, vari
     empty = (0, 0, 0, 0, 0, 0, "", 0, 0)
     row = Row(name, arch, width, d, dtype, *tile, variant, " ".join(flags), *empty, job.key, source(one.kernel))
     return row, job
-
-
-@functools.cache
-def source(kernel: Any) -> str:
-    reader = Path(__file__).with_name("ahead_of_time.py").read_text()
-    return hashlib.sha256(f"{kernel.cache_key} {triton.__version__} {reader}".encode()).hexdigest()[:12]

@@ -110,7 +110,7 @@ PROOF: proof.Proof[Row] = proof.Proof(
         KERNELS / "launch.py",
         KERNELS / "cross_attention/request.py",
         *sorted(path for path in (KERNELS / "cross_attention/triton").glob("*.py") if path.name != "tune.py"),
-        *(proof.ROOT / f"benchmarks/{name}.py" for name in ("ahead_of_time", "attention_launches")),
+        *(proof.ROOT / f"benchmarks/{name}.py" for name in ("ahead_of_time", "attention_launches", "proof")),
     ],
     describe=line,
     violations=violations,

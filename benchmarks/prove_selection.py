@@ -106,7 +106,7 @@ PROOF: proof.Proof[Row] = proof.Proof(
         KERNELS / "launch.py",
         KERNELS / "topk_mask/request.py",
         *(path for op in OPS for path in sorted((KERNELS / op / "triton").glob("*.py"))),
-        *(proof.ROOT / f"benchmarks/{name}.py" for name in ("ahead_of_time", "selection_launches")),
+        *(proof.ROOT / f"benchmarks/{name}.py" for name in ("ahead_of_time", "selection_launches", "proof")),
     ],
     describe=line,
     violations=violations,
