@@ -65,5 +65,5 @@ def lerp(teacher: list[torch.Tensor], student: list[torch.Tensor]) -> None:
 def test_ema(benchmark: Any, update: Callable[..., None], dtype: str) -> None:
     benchmark.group = f"EMA of 20 M parameters in 80 tensors, fp32 from {dtype}"
     teacher = [torch.randn(250_000) for _ in range(80)]
-    student = [t.to(DTYPES[dtype]) for t in teacher]
+    student = [t.to(DTYPES[dtype], copy=True) for t in teacher]
     benchmark(lambda: update(teacher, student))

@@ -1,56 +1,63 @@
 """``crossmask::ema_update_`` for torch.library: schema, fake kernel, and the reference where no native kernel stands.
 
 The C++ and CUDA kernels (``csrc/ema_cpu.cpp``, ``csrc/ema_cuda.cu``) register under this name when the extension loads.
+No gradient flows and no autograd is registered; a call through the dispatcher tells autograd that the tensors changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import native
+from .checks import check, refuse_inference
 from .reference import ema_update_reference
 
-STUDENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# copies: as many as teachers, or none; seed: (1,) int64 for stochastic rounding, none for rounding to the nearest
+SCHEMA = "ema_update_(Tensor(a!)[] teacher, Tensor[] student, float decay, Tensor(b!)[] copies, Tensor? seed) -> ()"
 
 
-def check(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float) -> None:
-    """Refuse what the op does not handle, naming the tensor; ``csrc/ema.h`` refuses the same."""
-    if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"ema_update_: decay must lie in [0, 1], got {decay}")
-    if len(teacher) != len(student):
-        raise ValueError(f"ema_update_: {len(teacher)} teacher tensors but {len(student)} student tensors")
-    for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
-        if t.dtype != torch.float32:
-            raise TypeError(f"ema_update_: teacher[{i}] must be float32, got {t.dtype}")
-        if s.dtype not in STUDENT_DTYPES:
-            raise TypeError(f"ema_update_: student[{i}] must be float32, bfloat16 or float16, got {s.dtype}")
-        if t.shape != s.shape:
-            raise ValueError(f"ema_update_: teacher[{i}] is {tuple(t.shape)} but student[{i}] is {tuple(s.shape)}")
-        if not (t.is_contiguous() and s.is_contiguous()):
-            raise ValueError(f"ema_update_: teacher[{i}] and student[{i}] must be contiguous")
-        if t.device != teacher[0].device or s.device != teacher[0].device:
-            raise ValueError(
-                f"ema_update_: teacher[{i}] is on {t.device} and student[{i}] on {s.device}, "
-                f"but teacher[0] is on {teacher[0].device}"
-            )
+def _reference(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float, copies: Sequence[Tensor], seed: Tensor | None
+) -> None:
+    check(teacher, student, decay, copies, seed)
+    ema_update_reference(teacher, student, decay, copies, seed)
 
 
-@torch.library.custom_op(
-    "crossmask::ema_update_",
-    mutates_args=("teacher",),
-    schema="(Tensor(a!)[] teacher, Tensor[] student, float decay) -> ()",
-)
-def ema_update_op(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float) -> None:
-    check(teacher, student, decay)
-    ema_update_reference(teacher, student, decay)
+def _fake(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float, copies: Sequence[Tensor], seed: Tensor | None
+) -> None:
+    check(teacher, student, decay, copies, seed, memory=False)
 
 
-@ema_update_op.register_fake
-def _(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float) -> None:
-    check(teacher, student, decay)
+def _count_versions(keyset: Any, teacher: Sequence[Tensor], student: Any, decay: Any, copies: Any, seed: Any) -> None:
+    refuse_inference(teacher, copies)
+    below = keyset & torch._C._after_ADInplaceOrView_keyset
+    torch.ops.crossmask.ema_update_.default.redispatch(below, teacher, student, decay, copies, seed)
+    torch.autograd.graph.increment_version([*teacher, *copies])
 
 
-native.status()  # loads the extension, whose kernels then stand before the reference
+if not hasattr(torch.ops.crossmask, "ema_update_"):
+    # in a checkout, transformers imports this folder once more, as the package "kernels" it looks for
+    _library = torch.library.Library("crossmask", "FRAGMENT")
+    _library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl("ema_update_", _reference, "CompositeExplicitAutograd")
+    _library.impl("ema_update_", _count_versions, "ADInplaceOrView", with_keyset=True)
+    torch.library.register_fake("crossmask::ema_update_", _fake, lib=_library)
+
+OP = torch.ops.crossmask.ema_update_.default
+
+
+def _nothing() -> None:
+    pass
+
+
+# loads the extension, whose kernels then stand before the reference
+_extension = importlib.import_module(f"{native.__package__}._C") if native.status().loaded else None
+# between the two the native kernel keeps its references to tensors, and lets them go in one piece: csrc/ema.h says why
+HOLD: Callable[[], None] = getattr(_extension, "hold_tensors", _nothing)
+RELEASE: Callable[[], None] = getattr(_extension, "release_tensors", _nothing)
