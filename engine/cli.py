@@ -81,7 +81,33 @@ def train(
         options = ["--output", str(run_dir)]
     plan = plan_ranks(described, ranks)
     build_deepspeed_config(described, plan.ranks, plan.device_type)
-    return launch([*given, *options], run_dir, plan)
+    return launch([*given, *options], run_dir, plan, rank_timeout=described.training.rank_timeout)
+
+
+@app.command()
+def reshard(run: Annotated[Path, typer.Argument(help="A run folder. The run must stand still meanwhile.")]) -> None:
+    """Make a run's latest checkpoint load into any number of ranks."""
+    from .training.reshard import reshard as convert
+
+    typer.echo(f"{convert(run, typer.echo)} is the latest; continue with: crossmask train --resume {run} --ranks N")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write.")],
+    teacher: Annotated[bool, typer.Option("--teacher/--student", help="Which of the two.")] = True,
+    step: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="The checkpoint of this step. Default: the latest good one."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="fp32|bf16|fp16", help="Of the weights.")] = "fp32",
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
+) -> None:
+    """Write a run's model as a folder that loads without DeepSpeed: safetensors, config, tokenizer, example."""
+    from .export import export_run
+
+    typer.echo(export_run(run, to, "teacher" if teacher else "student", step, dtype, force, typer.echo))
 
 
 @app.command()

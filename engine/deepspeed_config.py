@@ -85,13 +85,6 @@ def check_deepspeed_keys(recipe: Recipe, source: str = "recipe", origins: Mappin
         raise RecipeError(f"{origin_of(path, source, origins)}: {message}{more}")
     filled = _without_auto(given)
     _refuse_contradictions(filled, {"train_batch_size": recipe.training.batch_size, **_owned(recipe)}, source, origins)
-    if recipe.training.precision == "bf16" and filled.get("zero_optimization", {}).get("stage", 2) == 0:
-        # At stage 0 DeepSpeed's bf16 optimizer takes a step while it is built: weight decay moves the weights.
-        where = origin_of("deepspeed.zero_optimization.stage", source, origins)
-        raise RecipeError(
-            f"{where}: deepspeed.zero_optimization.stage 0 does not train bf16 correctly; "
-            "use stage 1 or more, or training.precision=fp32"
-        )
 
 
 @contextmanager

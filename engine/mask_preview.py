@@ -17,6 +17,7 @@ from .data.batch import Batch
 from .errors import CheckpointError, RecipeError
 from .evaluation.evaluate import frozen, sample
 from .evaluation.mask_pictures import draw_masks
+from .exported import MODEL
 from .masking import MaskPlan
 from .models import VisionLanguageModel
 from .objectives import RunMasks
@@ -83,9 +84,9 @@ def fresh_teacher(recipe: Recipe, data: PairData, masks: RunMasks) -> VisionLang
 
 def load_teacher(run: Path, recipe: Recipe, data: PairData, masks: RunMasks) -> VisionLanguageModel:
     """The exported teacher of a finished run; a policy's network that the run did not have stays fresh."""
-    file = run / "export" / "teacher.safetensors"
+    file = run / "export" / MODEL
     if not file.is_file():
-        raise CheckpointError(f"{run}: no export/teacher.safetensors, so the run is not finished; wait, or --resume it")
+        raise CheckpointError(f"{run}: no export/{MODEL}, so the run is not finished; wait, or --resume it")
     model = fresh_teacher(recipe, data, masks)
     try:
         weights: dict[str, Any] = load_file(file)

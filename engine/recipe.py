@@ -252,7 +252,20 @@ class ObjectivesSection(Section):
 
 class TeacherSection(Section):
     momentum: float = Field(0.995, ge=0.0, lt=1.0)
-    warmup: bool = Field(False, description="momentum min(m, (1+t)/(10+t)) while the student still moves fast")
+    schedule: Literal["constant", "warmup", "cosine"] = Field(
+        "constant",
+        description="warmup: momentum min(m, (1+t)/(10+t)) at update t; cosine: from m at the start to 1 at the end",
+    )
+    buffers: Literal["copy", "average"] = Field("copy", description="running means and the like, at each update")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_the_older_key(cls, values: Any) -> Any:
+        """Recipes of earlier runs have ``warmup: true`` or ``false`` and can still be resumed."""
+        if isinstance(values, dict) and isinstance(values.get("warmup"), bool) and "schedule" not in values:
+            rest = {name: value for name, value in values.items() if name != "warmup"}
+            return {**rest, "schedule": "warmup" if values["warmup"] else "constant"}
+        return values
 
 
 class OptimizerSection(Section):
@@ -277,6 +290,10 @@ class TrainingSection(Section):
     )
     max_nonfinite: int = Field(5, ge=1, description="non-finite losses in a row before the run stops")
     cpu_ranks: int = Field(2, ge=1, description="ranks to start where there is no GPU")
+    rank_timeout: float = Field(
+        600.0, ge=5.0, le=43200.0,
+        description="seconds without progress on any rank that end a run as hung; 180 at least up to step 1",
+    )  # fmt: skip
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
 
 

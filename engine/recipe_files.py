@@ -22,7 +22,10 @@ SHIPPED = Path(__file__).resolve().parent.parent / "recipes"  # in a checkout an
 PATH_FIELDS = ("data.path", "data.image_root", "masking.prior")
 PRIORS = ("contrast", "centre")  # values of masking.prior that are no path
 # What may change when a run is resumed without changing the losses that an uninterrupted run would have had.
-RESUMABLE_FIELDS = ("training.checkpoint_every", "training.keep_checkpoints", "training.log_every")
+RESUMABLE_FIELDS = (
+    *("training.checkpoint_every", "training.keep_checkpoints", "training.log_every"),
+    "training.rank_timeout",
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -95,12 +98,7 @@ def load_run_recipe(run_dir: Path, overrides: Sequence[str] = ()) -> Recipe:
         CheckpointError: no such run folder.
         RecipeError: an override of a field that would change the losses.
     """
-    file = run_dir / "recipe.yaml"
-    if not file.is_file():
-        runs = sorted(f.parent.name for f in run_dir.parent.glob("*/recipe.yaml")) if run_dir.parent.is_dir() else []
-        close = nearest(run_dir.name, runs)
-        hint = f"did you mean {run_dir.parent / close}?" if close else "give the folder that a run named at its start"
-        raise CheckpointError(f"{run_dir}: not a run folder, recipe.yaml is not in it; {hint}")
+    file = check_run_dir(run_dir)
     for override in overrides:
         name = override.partition("=")[0].strip()
         if name not in RESUMABLE_FIELDS:
@@ -109,6 +107,17 @@ def load_run_recipe(run_dir: Path, overrides: Sequence[str] = ()) -> Recipe:
                 f"uninterrupted run; only {', '.join(RESUMABLE_FIELDS)} may change"
             )
     return load_recipe(file, overrides)
+
+
+def check_run_dir(run_dir: Path) -> Path:
+    """The recipe's file in a run folder; CheckpointError, with the nearest one that is a run's, where there is none."""
+    file = run_dir / "recipe.yaml"
+    if not file.is_file():
+        runs = sorted(f.parent.name for f in run_dir.parent.glob("*/recipe.yaml")) if run_dir.parent.is_dir() else []
+        close = nearest(run_dir.name, runs)
+        hint = f"did you mean {run_dir.parent / close}?" if close else "give the folder that a run named at its start"
+        raise CheckpointError(f"{run_dir}: not a run folder, recipe.yaml is not in it; {hint}")
+    return file
 
 
 def dump_recipe(recipe: Recipe) -> str:

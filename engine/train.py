@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from .beats import beat
 from .errors import CheckpointError, UserError, nearest
-from .failures import EXIT_STOPPED, FAILURE_FILE, report_failure
+from .failures import EXIT_STOPPED, FAILURE_FILE, keep_tracebacks_in, report_failure
 from .recipe_files import check_world, choose_run_dir, load_recipe, load_run_recipe
 
 
@@ -50,8 +51,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def train_rank(arguments: Sequence[str] | None = None) -> int:
     """Join the other ranks and train. Returns the loop's exit code on every rank."""
+    from .training.display import quiet
     from .training.distributed import from_rank_zero, init_distributed
+    from .training.stacks import remove_earlier
+    from .training.watchdog import Watchdog
 
+    quiet()
     found = parse_arguments(arguments)
     if found.resume:
         recipe = load_run_recipe(found.resume, found.overrides)
@@ -60,6 +65,9 @@ def train_rank(arguments: Sequence[str] | None = None) -> int:
         if found.output:
             recipe = recipe.model_copy(update={"output": found.output})
         choose_run_dir(recipe)  # refuses a folder in use before DeepSpeed's imports take their seconds
+    watchdog = Watchdog(recipe.training.rank_timeout)
+    watchdog.start()
+    beat("importing DeepSpeed")
     world = init_distributed()
     check_world(recipe, world.size)
     # Every rank must write to one folder, and the default's name holds the time of day.
@@ -67,9 +75,15 @@ def train_rank(arguments: Sequence[str] | None = None) -> int:
     run_dir = found.resume.absolute() if found.resume else from_rank_zero(chosen)
     if found.resume and not (run_dir / "checkpoints").is_dir():
         raise CheckpointError(f"{found.resume}: no checkpoint to resume from; start the run again")
+    watchdog.run_dir = run_dir
+    keep_tracebacks_in(run_dir)
+    if world.rank == 0:
+        remove_earlier(run_dir)
     from .training.loop import train
 
-    return int(train(recipe, run_dir, resume=bool(found.resume)))
+    code = int(train(recipe, run_dir, resume=bool(found.resume)))
+    watchdog.close()
+    return code
 
 
 def main() -> NoReturn:

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from crossmask.engine.errors import CheckpointError
 from crossmask.engine.teacher import FeatureQueue
-from crossmask.engine.training.checkpoint import CheckpointManager, find_damage
-from crossmask.engine.training.random_state import capture_random_state, restore_random_state
+from crossmask.engine.training.checkpoint import CheckpointManager
+from crossmask.engine.training.manifest import find_damage
+from crossmask.engine.training.random_state import capture_random_state, restore_random_state, seed_random_state
 
 
 def run(folder: Path, output: Path, count: int = 2, **plan: Any) -> tuple[list[int], list[dict[str, Any]]]:
@@ -76,21 +77,13 @@ def test_full_disk_then_a_killed_rank_leave_the_previous_checkpoint(copied: Path
     assert codes[0] == -9
     for rank in seen:
         assert rank["error"].startswith("the checkpoint of step 5 could not be saved in ")
-        assert "rank 1: [Errno 28] No space left on device; step-000004 is intact" in rank["error"]
+        full = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt: [Errno 28] No space left on device"
+        assert f": rank 1: {full}; step-000004 is intact" in rank["error"]
         assert "\n" not in rank["error"]
     left = sorted(path.name for path in (copied / "checkpoints").iterdir())
     assert left == ["latest", "step-000002", "step-000004", "step-000006.partial"]
     folder, state = CheckpointManager(copied).verified()
     assert (folder.name, state.step) == ("step-000004", 4)
-
-
-def test_other_number_of_ranks_is_refused_in_one_line(copied: Path, tmp_path: Path) -> None:
-    _, (seen,) = run(copied, tmp_path / "seen", count=1, steps=6, resume=True)
-    assert seen["error"].endswith(
-        "step-000004 was saved by 2 ranks, this run has 1 rank: ZeRO's optimizer shards load only into the same "
-        "number; start 2 ranks"
-    )
-    assert seen["losses"] == []
 
 
 FILES = [
@@ -158,7 +151,7 @@ def test_latest_missing_or_naming_nothing(copied: Path) -> None:
 
 
 def test_nothing_usable_is_never_a_fresh_start(copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nothing to resume from"):
+    with pytest.raises(CheckpointError, match="nothing to resume"):
         CheckpointManager(tmp_path / "elsewhere").verified()
     for folder in (copied / "checkpoints").glob("step-*"):
         flip(folder / "state.json")
@@ -257,8 +250,10 @@ def test_every_system_call_of_a_save_may_be_the_last(
             with contextlib.suppress(Killed if failure is Killed else CheckpointError):
                 save(run_dir, 200)
                 completed = True
-        _, state = CheckpointManager(run_dir, warn=lambda line: None).verified()
+        warnings: list[str] = []
+        _, state = CheckpointManager(run_dir, warn=warnings.append).verified()
         assert state.step in (100, 200)
+        assert warnings == []  # latest has never named what is not whole
         if failure is OSError and not completed:
             assert not list((run_dir / "checkpoints").glob("*.partial"))
         assert save(run_dir, 300).name == CheckpointManager(run_dir).verified()[0].name == "step-000300"
@@ -283,3 +278,9 @@ def test_random_state_round_trip() -> None:
     first = draw()
     restore_random_state(state)
     assert draw() == first
+    drawn = []
+    for rank, step in ((4, 100), (5, 100), (4, 200), (4, 100)):
+        seed_random_state(0, rank, step)
+        drawn.append(draw())
+    assert drawn[0] == drawn[3]
+    assert all(len({one[i] for one in drawn[:3]}) == 3 for i in range(len(first)))

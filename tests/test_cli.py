@@ -104,18 +104,19 @@ def test_what_launchers_pass_is_understood() -> None:
 def test_train_hands_the_run_to_the_launcher(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
 
-    def launch(arguments: list[str], run_dir: Path, plan: object) -> int:
-        seen.append((arguments, run_dir, plan))
+    def launch(arguments: list[str], run_dir: Path, plan: object, rank_timeout: float) -> int:
+        seen.append((arguments, run_dir, plan, rank_timeout))
         return 130
 
     monkeypatch.setattr("crossmask.engine.training.launcher.launch", launch)
-    command = ["crossmask", "train", "small.yaml", "training.max_steps=4", "--output", "out", "seed=3", "--ranks", "1"]
+    overrides = ["training.max_steps=4", "training.rank_timeout=60", "seed=3"]
+    command = ["crossmask", "train", "small.yaml", *overrides, "--output", "out", "--ranks", "1"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 130
     run_dir = folder / "out"
-    assert seen == [(["small.yaml", "training.max_steps=4", "seed=3", "--output", str(run_dir)], run_dir, (1, ()))]
+    assert seen == [(["small.yaml", *overrides, "--output", str(run_dir)], run_dir, (1, ()), 60.0)]
     assert not run_dir.exists(), "the ranks create it, once everything has been checked"
 
 

@@ -16,9 +16,12 @@ import pytest
 
 from crossmask.engine import Recipe, UserError
 from crossmask.engine.errors import RecipeError
-from crossmask.engine.failures import FAILURE_FILE, Failure, read_note, report_failure
+from crossmask.engine.failures import FAILURE_FILE, Failure, left_a_note, read_note, report_failure
 from crossmask.engine.training import launcher
+from crossmask.engine.training.distributed import leave
 from crossmask.engine.training.launcher import Plan, launcher_command, plan_ranks, rank_environment
+from crossmask.engine.training.rank_processes import End
+from crossmask.engine.training.watch import Watch
 
 HERE = Path(__file__).parent
 PARENT = """
@@ -100,19 +103,27 @@ def test_the_first_failure_is_the_one_that_is_told(tmp_path: Path, monkeypatch: 
     assert read_note(note) is None
     assert report_failure(UserError("first"), rank=1) == 2
     assert report_failure(RuntimeError("second"), rank=0) == 1
-    assert read_note(note) == Failure(1, "first")
-    assert [file.name for file in tmp_path.iterdir()] == ["note"]
+    assert read_note(note) == Failure(1, "first", code=2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["note", "note-0", "note-1"], "no drafts"
+    assert left_a_note(note, 0)
+    assert not left_a_note(note, 2)
 
 
 @pytest.mark.parametrize(
     ("status", "failure", "stopped", "code", "words"),
     [
         ({"state": "finished"}, None, False, 0, ""),
-        ({"state": "finished"}, Failure(0, "aborted at exit", "Traceback"), False, 0, ""),
+        ({"state": "finished"}, Failure(0, "no report"), False, 1, "no report; the model is trained and evaluated"),
+        ({"state": "finished"}, Failure(0, "the disk is full", code=2), False, 2, "the disk is full; the model is"),
+        ({"state": "finished"}, Failure(0, "rank 0 was ended"), True, 0, ""),
         ({"state": "stopped", "step": 3}, None, True, 130, "stopped at step 3"),
         ({}, None, True, 130, "stopped before the run could save"),
         ({}, Failure(1, "connection closed", "Traceback"), True, 130, "stopped before the run could save"),
-        ({"state": "running"}, Failure(1, "no such thing"), False, 2, "no such thing"),
+        ({"state": "running"}, Failure(1, "no such thing", code=2), False, 2, "no such thing"),
+        ({"state": "running"}, Failure(1, "disk full", code=2, resumable=True), False, 2, "disk full; there is no"),
+        ({}, Failure(1, "no such run", code=2, resumable=True), False, 2, "no such run\n"),
+        ({"state": "running"}, Failure(1, "rank 1 was killed"), False, 1, "rank 1 was killed; there is no checkpoint"),
+        ({"state": "stopped", "step": 3, "reason": "SIGTERM"}, None, False, 130, "stopped at step 3 (SIGTERM)"),
         ({"state": "failed", "reason": "the loss is nan"}, None, False, 1, "the loss is nan"),
         ({"state": "running"}, None, False, 1, "ended unexpectedly, with exit code -9"),
         ({}, None, False, 1, "ended unexpectedly"),
@@ -128,24 +139,54 @@ def test_the_status_file_decides_and_the_launchers_exit_code_does_not(
     words: str,
 ) -> None:
     returncode = -9 if code else 250
-    assert launcher._verdict(status, failure, tmp_path, stopped=stopped, returncode=returncode) == code
+    exit_code, reason = launcher._verdict(status, failure, tmp_path, stopped=stopped, returncode=returncode)
+    assert exit_code == code
+    assert bool(reason) == (status.get("state") not in ("finished", "stopped")), "what status.json is going to say"
     err = capsys.readouterr().err
     assert words in err
     assert len(err.splitlines()) == bool(words)
 
 
+@pytest.mark.parametrize(("state", "told"), [("running", "rank 1 ended without a word"), ("finished", None)])
+def test_a_rank_that_left_unseen_has_failed_unless_the_run_was_finished(
+    tmp_path: Path, state: str, told: str | None
+) -> None:
+    with subprocess.Popen(["true"]) as process:
+        pass
+    vigil = launcher._Vigil(process, [], tmp_path / "note", Watch(2, 60), 5, lambda: {"state": state})
+    vigil.ranks.ended[1] = End(1, None, 0.0)
+    failure = vigil.failure()
+    assert failure is None if told is None else failure is not None and failure.line.startswith(told)
+
+
+def test_a_rank_leaves_even_if_another_died_at_the_last_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.barrier", lost)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        leave(0, together=True)
+
+
 def test_a_crash_shows_its_traceback_and_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    failure = Failure(1, "KeyError: 'x'", "Traceback (most recent call last):\n  ...\nKeyError: 'x'\n")
-    assert launcher._verdict({}, failure, tmp_path, stopped=False, returncode=1) == 1
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step-000004")
+    failure = Failure(1, "rank 1 failed: KeyError: 'x'", "Traceback (most recent call last):\n  ...\nKeyError: 'x'\n")
+    assert launcher._verdict({}, failure, tmp_path, stopped=False, returncode=1)[0] == 1
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
-    assert err.splitlines()[-1] == "rank 1 failed: KeyError: 'x'"
+    last = err.splitlines()[-1]
+    assert last.startswith("rank 1 failed: KeyError: 'x'; continue with: crossmask train --resume ")
+    assert last.endswith(tmp_path.name)
 
 
 def test_a_stale_status_is_not_this_runs_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "status.json").write_text('{"state": "finished"}')
     monkeypatch.setattr(launcher, "launcher_command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     assert launcher.launch([], tmp_path, Plan(1, ())) == 1
+    assert "finished" in (tmp_path / "status.json").read_text(), "nothing is said of a run that has not begun"
 
 
 def test_ranks_are_planned_from_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +217,3 @@ def test_the_users_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert environment["DS_ACCELERATOR"] == "cpu"
     assert "CUDA_VISIBLE_DEVICES" not in environment, "the launcher hands devices out by number"
     assert environment[launcher.LAUNCHER_PID] == str(os.getpid())
-
-
-def test_the_rank_side_watches_the_same_variable() -> None:
-    from crossmask.engine.training.signals import LAUNCHER_PID_VARIABLE
-
-    assert launcher.LAUNCHER_PID == LAUNCHER_PID_VARIABLE

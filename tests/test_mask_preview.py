@@ -71,9 +71,9 @@ def test_a_run_is_looked_at_through_its_teacher(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "export").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    with pytest.raises(CheckpointError, match=r"no export/teacher.safetensors, so the run is not finished"):
+    with pytest.raises(CheckpointError, match=r"no export/model.safetensors, so the run is not finished"):
         run(tmp_path / "a.png", recipe=str(folder))
-    save_file(teacher.state_dict(), folder / "export/teacher.safetensors")
+    save_file(teacher.state_dict(), folder / "export/model.safetensors")
     said = run(tmp_path / "a.png", recipe=str(folder))
     assert len(said) == 2
     run(tmp_path / "b.png")

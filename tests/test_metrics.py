@@ -35,7 +35,7 @@ def test_resume_drops_what_came_after_its_step(tmp_path: Path) -> None:
     with MetricWriter(tmp_path, resume_step=3) as writer:
         writer.train(4, loss=40.0)
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_tensorboard_has_the_scalars_and_forgets_steps_after_a_resume(tmp_path: Path) -> None:
@@ -51,6 +51,26 @@ def test_tensorboard_has_the_scalars_and_forgets_steps_after_a_resume(tmp_path: 
     assert [(e.step, e.value) for e in events.Scalars("losses/total")] == [(1, 1.0), (2, 20.0)]
     assert set(events.Tags()["scalars"]) >= {"losses/total", "optimizer/lr"}
     assert not any("time_s" in tag for tag in events.Tags()["scalars"])
+
+
+def test_a_full_disk_is_one_line_and_hides_nothing_else(tmp_path: Path) -> None:
+    def on_a_full_disk(folder: Path) -> MetricWriter:
+        writer = MetricWriter(folder)
+        writer._file.close()
+        writer._file = open("/dev/full", "w")  # noqa: SIM115
+        return writer
+
+    with pytest.raises(CheckpointError, match="a cannot be written: No space left on device; make room"):  # noqa: SIM117
+        with on_a_full_disk(tmp_path / "a") as writer:
+            writer.train(1, loss=1.0)
+    assert writer._file.closed
+    writer = on_a_full_disk(tmp_path / "b")
+    writer._file.write("unflushed")
+    with pytest.raises(KeyError), writer:
+        raise KeyError
+    (tmp_path / "c").touch()
+    with pytest.raises(CheckpointError, match="c cannot be written"):
+        MetricWriter(tmp_path / "c")
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path) -> None:

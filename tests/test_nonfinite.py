@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfig, LossScaler
 from distributed import ranks
 
 from crossmask.engine.errors import NonFiniteLossError
 from crossmask.engine.training.nonfinite import NonFiniteGuard
 
-CASES = [(0, "fp32", 2), (1, "bf16", 2), (2, "bf16", 1), (2, "bf16", 2), (2, "fp32", 3), (3, "bf16", 2)]
+# stage, dtype, accumulation steps, variant
+CASES = [(0, "fp32", 2, ""), (0, "bf16", 2, ""), (1, "bf16", 2, ""), (1, "bf16", 2, "fp32 sums"), (2, "bf16", 1, "")]
+CASES += [(2, "bf16", 2, ""), (2, "fp32", 3, ""), (2, "bf16", 3, "fp32 sums"), (3, "bf16", 2, "")]
+CASES += [(1, "bf16", 3, "offload"), (2, "bf16", 2, "offload"), (2, "fp32", 3, "offload"), (3, "bf16", 3, "offload")]
 INDEX = torch.tensor([4, 9])
 
 
@@ -70,6 +75,33 @@ def test_a_step_left_out_for_its_gradient_counts() -> None:
     assert (guard.skipped, guard.in_a_row) == (1, 1)
     with pytest.raises(NonFiniteLossError, match="gradient was not finite 2 steps in a row; samples"):
         guard.stepped(False, INDEX)
+
+
+def test_a_step_left_out_while_the_loss_scale_can_fall_does_not_count() -> None:
+    guard = NonFiniteGuard(2)
+    scaler = DynamicLossScaler(2.0**4, 1000, 1.0, 2, False)
+    stage_0 = LossScaleConfig(torch.float16, True, 1.0, {"init_scale": 2.0, "scale_window": 1000, "min_scale": 1.0})
+    engines = [SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))]
+    engines.append(SimpleNamespace(optimizer=SimpleNamespace(loss_scale_config=stage_0)))
+    for engine in engines:
+        for _ in range(4):
+            guard.stepped(False, INDEX, engine)
+    assert (guard.skipped, guard.in_a_row) == (0, 0)
+    scaler.cur_scale, stage_0.cur_scale = 1.0, 1.0
+    guard.stepped(False, INDEX, engines[0])
+    with pytest.raises(NonFiniteLossError, match="gradient was not finite 2 steps in a row"):
+        guard.stepped(False, INDEX, engines[1])
+
+
+def test_a_static_loss_scale_excuses_nothing() -> None:
+    guard = NonFiniteGuard(9)
+    for optimizer in (
+        SimpleNamespace(loss_scaler=LossScaler(128.0)),
+        SimpleNamespace(loss_scale_config=LossScaleConfig(torch.float16, False, 128.0, None)),
+        torch.optim.SGD([torch.zeros(1)], lr=1.0),
+    ):
+        guard.stepped(False, INDEX, SimpleNamespace(optimizer=optimizer))
+    assert guard.in_a_row == 3
 
 
 def test_one_is_enough_where_the_recipe_says_so() -> None:

@@ -104,7 +104,7 @@ def test_report_is_one_self_contained_file(whole: Path) -> None:
     assert "var(--c1)" in html
     assert "#2563eb" in html
     assert html.count("#2563eb") == 1
-    assert not list(whole.glob("*.tmp"))
+    assert not list(whole.glob("*.part"))
 
 
 def test_gallery_marks_masked_words_and_patches(whole: Path) -> None:
@@ -160,6 +160,20 @@ def test_pictures_for_a_readme(whole: Path, tmp_path: Path) -> None:
     written = save_pictures(whole, tmp_path / "pictures")
     assert [p.name for p in written] == ["curves.png", "retrieval.png", "masks.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
+
+
+def test_a_report_that_cannot_be_written_is_one_line_and_leaves_nothing(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "full"
+    shutil.copytree(whole, run)
+    (run / "report.html").unlink(missing_ok=True)
+    (run / "report.html").mkdir()
+    before = sorted(run.iterdir())
+    with pytest.raises(CheckpointError, match=r"full cannot be written: Is a directory; make room there") as caught:
+        build_report(run)
+    assert "\n" not in str(caught.value)
+    assert sorted(run.iterdir()) == before
+    with pytest.raises(CheckpointError, match=r"status.json cannot be written: "):
+        save_pictures(run, run / "status.json")
 
 
 def test_summary_fits_eighty_columns_and_has_every_number() -> None:

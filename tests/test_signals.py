@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -75,9 +76,21 @@ def test_a_killed_launcher_stops_its_rank(tmp_path: Path) -> None:
     assert json.loads(wait_for(tmp_path / "end.0", seconds=5))["reason"] == "the launcher ended"
 
 
+@pytest.fixture(params=["pidfd", "no pidfd"])
+def pidfd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the system call, and without: in kernels before 5.3 and in containers that forbid it."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    if request.param == "no pidfd":
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+
+
+@pytest.mark.usefixtures("pidfd")
 def test_the_named_launcher_is_watched_even_as_a_zombie(monkeypatch: pytest.MonkeyPatch) -> None:
     command = subprocess.Popen(["sleep", "30"])
-    monkeypatch.setenv(signals.LAUNCHER_PID_VARIABLE, str(command.pid))
+    monkeypatch.setenv(signals.LAUNCHER_PID, str(command.pid))
     with StopRequest() as stop:
         time.sleep(0.2)
         assert not stop.agree()

@@ -20,6 +20,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from crossmask.engine.training.watch import HANG_MARGIN
+
 pytestmark = pytest.mark.slow
 
 CROSSMASK = [sys.executable, "-m", "crossmask.engine.cli"]
@@ -100,7 +102,7 @@ def test_a_run_leaves_everything_a_person_needs(finished: tuple[Path, str]) -> N
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert evaluation["steps"] == 8
     assert 0 <= evaluation["splits"]["held-out"]["i2t"]["r1"] <= 100
-    weights = load_file(folder / "export" / "teacher.safetensors")
+    weights = load_file(folder / "export" / "model.safetensors")
     assert "image.vit.cls_token" in weights
     assert all(np.isfinite(w.float().numpy()).all() for w in weights.values())
     assert "report.html" in printed
@@ -125,28 +127,60 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished: tuple[Path, str], t
     shutil.rmtree(folder / "checkpoints" / "step-000008")
     (folder / "checkpoints" / "latest").write_text("step-000004")
     whole = losses(folder)
+    (folder / "stacks-rank1.txt").write_text("of an earlier end")
     done = run("train", "--resume", folder)
+    assert not (folder / "stacks-rank1.txt").exists()
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(folder) == whole
-    first = load_file(finished[0] / "export" / "teacher.safetensors")
-    second = load_file(folder / "export" / "teacher.safetensors")
+    first = load_file(finished[0] / "export" / "model.safetensors")
+    second = load_file(folder / "export" / "model.safetensors")
     assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_a_resharded_run_goes_on_with_another_number_of_ranks(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "resharded"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "step-000008")
+    (folder / "checkpoints" / "latest").write_text("step-000004")
+    done = run("reshard", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].endswith(
+        f"step-000004-universal is the latest; continue with: crossmask train --resume {folder} --ranks N"
+    )
+    assert done.stderr == ""
+    done = run("train", "--resume", folder, "--ranks", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, alone = losses(finished[0]), losses(folder)
+    assert alone[3] == whole[3]
+    for name in ("itc", "mim"):  # smooth in the weights; ITM and MLM draw negatives and masks, by rank
+        assert alone[6][name] == pytest.approx(whole[6][name], rel=0.05)
+        assert alone[8][name] == pytest.approx(whole[8][name], rel=0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_every_rank_with_a_checkpoint(recipe: Path, tmp_path: Path, number: int) -> None:
     folder = tmp_path / "stopped"
     command = [*CROSSMASK, "train", str(recipe), "--output", str(folder), "training.max_steps=100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a shell's background job, such as these tests may be, is told to ignore Ctrl-C, and so would the run be
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count('"train"') > 1):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(number)
-    sent = time.monotonic()
-    printed, _ = process.communicate(timeout=60)
+    try:
+        while not (metrics.is_file() and metrics.read_text().count('"train"') > 1):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(number)
+        sent = time.monotonic()
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.terminate()
     assert time.monotonic() - sent < 30
     assert process.returncode == 130, printed
     assert "--resume" in printed
@@ -157,6 +191,33 @@ def test_a_signal_ends_every_rank_with_a_checkpoint(recipe: Path, tmp_path: Path
     time.sleep(1)
     left = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
     assert not left, left
+
+
+def test_a_rank_that_is_stopped_ends_the_run_within_the_stated_time(recipe: Path, tmp_path: Path) -> None:
+    folder, timeout = tmp_path / "stopped", 8
+    values = ("training.max_steps=100000", "training.evaluate_every=0", f"training.rank_timeout={timeout}")
+    command = [*CROSSMASK, "train", str(recipe), "--output", str(folder), *values]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    latest = folder / "checkpoints" / "latest"
+    deadline = time.monotonic() + 120
+    while not latest.is_file():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    started = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in (p.info["cmdline"] or [])]
+    ranks = [p for p in started if "--local_rank=1" in p.info["cmdline"]]
+    ranks[0].suspend()
+    stopped = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert time.monotonic() - stopped < timeout + HANG_MARGIN
+    assert process.returncode == 1
+    assert err.startswith("rank 1 has not answered for 8 s (last seen in step ")
+    assert err.rstrip().endswith(
+        f"stopped/stacks-rank0.txt; continue with: crossmask train --resume {os.path.relpath(folder)}"
+    )
+    assert len(err.splitlines()) == 1, err
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+    assert not any(p.is_running() for p in started)
 
 
 def test_every_way_of_hiding_runs_under_sharded_weights(recipe: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..beats import beat
 from ..errors import DataError, RecipeError, nearest
 from ..recipe import Recipe
 from .base import IMAGE_MEAN, IMAGE_STD, CaptionBatch, EvaluationSplit, PairData
@@ -63,6 +64,7 @@ def read_pairs(path: Path | None, image_root: Path | None) -> list[Pair]:
     first_line: dict[tuple[Path, str], int] = {}
     try:
         for line, row in _rows(path):
+            beat("reading the captions")
             pair = _pair(path, root, line, row)
             earlier = first_line.setdefault((pair.image, pair.caption), line)
             if earlier != line:
@@ -270,7 +272,7 @@ class FilePairs(PairData):
                     raise DataError(f"{where}: image {pair.image} has {file.width} x {file.height} pixels, more than"
                                     f" {MAX_PIXELS >> 20} million; make it smaller or remove the line")  # fmt: skip
                 image: Image.Image = ImageOps.exif_transpose(file)
-                image = _on_white(image)
+                image = on_white(image)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = (
                 "it is not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0]
@@ -292,7 +294,7 @@ class FilePairs(PairData):
         return torch.from_numpy(np.array(image))
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
     """RGB, transparency on white; 16-bit greys are scaled, not clipped."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from crossmask.kernels import AttentionStatistics
 
+from ..beats import beat
 from ..data.batch import Batch
 from ..masking import MaskPlan
 from ..objectives import Seen
@@ -149,6 +150,7 @@ def mask_measures(
     shares = Shares()
     starts = range(0, len(batch), CHUNK)
     for start in starts:
+        beat("evaluation: masks")
         part = batch.rows(slice(start, start + CHUNK)).to(device)
         seen, plan = look(model, part)
         assert seen.statistics is not None

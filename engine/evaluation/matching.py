@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..beats import beat
 from ..data.batch import Batch
 
 ITM_PRIOR = -(math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)  # 0.6365 nats
@@ -41,6 +42,7 @@ def match_measures(
     generator = torch.Generator().manual_seed(seed)
     logits, labels = [], []
     for batch in batches:
+        beat("evaluation: matching")
         batch = batch.to(device)
         image = model.encode_image(batch.images)
         text = model.encode_text(batch.token_ids, batch.token_mask)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..atomic import replace_file, writing_to
 from ..errors import CheckpointError
 from . import plots
 from .matching import ITM_PRIOR
@@ -32,7 +32,7 @@ def build_report(run_dir: Path | str) -> Path:
     """Write ``report.html`` into a run folder and return its path. Missing pieces are named in it, not an error.
 
     Raises:
-        CheckpointError: not a run folder.
+        CheckpointError: not a run folder, or one that cannot be written.
     """
     import jinja2
 
@@ -62,9 +62,8 @@ def build_report(run_dir: Path | str) -> Path:
         sources=EMOJI_SOURCES if run.recipe.get("data", {}).get("source", "emoji") == "emoji" and run.recipe else (),
     )
     path = run.path / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    temporary.write_text(html, "utf-8")
-    os.replace(temporary, path)
+    with writing_to(run.path):
+        replace_file(path, html)
     return path
 
 
@@ -72,7 +71,7 @@ def save_pictures(run_dir: Path | str, dest: Path | str) -> list[Path]:
     """Write ``curves.png``, ``retrieval.png`` and ``masks.png`` for a README; those without data are left out.
 
     Raises:
-        CheckpointError: not a run folder, or nothing in it to draw.
+        CheckpointError: not a run folder, nothing in it to draw, or ``dest`` cannot be written.
     """
     from .mask_picture import mask_picture
 
@@ -84,15 +83,12 @@ def save_pictures(run_dir: Path | str, dest: Path | str) -> list[Path]:
     }
     if not any(pictures.values()):
         raise CheckpointError(f"{run.path} has no curves, no evaluation and no gallery to draw; train it first")
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in pictures.items():
-        if figure is not None:
-            temporary = folder / (name + ".tmp")
-            temporary.write_bytes(plots.to_png(figure))
-            os.replace(temporary, folder / name)
-            written.append(folder / name)
-    return written
+    drawn = {folder / name: plots.to_png(figure) for name, figure in pictures.items() if figure is not None}
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, picture in drawn.items():
+            replace_file(path, picture)
+    return list(drawn)
 
 
 def _svg(figure: Any, salt: str) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..beats import beat
 from ..data.base import EvaluationSplit
 
 CUTS = (1, 5, 10)
@@ -41,10 +42,12 @@ def embed(model: Any, split: EvaluationSplit, device: torch.device | str, batch_
     """Encode every image and every gallery caption once. Image tokens are not kept: they would fill the memory."""
     features, groups = [], []
     for batch in split.images(batch_size):
+        beat("evaluation: encoding images")
         features.append(model.encode_image(batch.images.to(device)).feature.float())
         groups.append(batch.group_id.cpu())
     texts, tokens, masks, text_groups = [], [], [], []
     for captions in split.gallery(batch_size):
+        beat("evaluation: encoding captions")
         mask = captions.token_mask.to(device)
         encoded = model.encode_text(captions.token_ids.to(device), mask)
         texts.append(encoded.feature.float())
@@ -64,6 +67,7 @@ def ranks(scores: Tensor, query_group: Tensor, candidate_group: Tensor) -> Tenso
     """Rank (from 1) of the best right candidate of each row of ``scores`` (Q, C); 0 where there is no right one."""
     found = torch.zeros(len(scores), dtype=torch.long)
     for start in range(0, len(scores), CHUNK):
+        beat("evaluation: ranking")
         rows = slice(start, start + CHUNK)
         part, right = scores[rows], query_group[rows, None] == candidate_group[None, :]
         best = part.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
@@ -109,6 +113,7 @@ def match_scores(
         image = model.project_image(model.encode_image(split.take(rows.numpy()).images.to(device)).tokens)
         mine = mine[torch.argsort(lengths[pairs[mine, 1]])]
         for part in mine.split(CHUNK):
+            beat("evaluation: re-ranking")
             which = torch.searchsorted(rows, pairs[part, 0]).to(device)
             caption = pairs[part, 1].to(device)
             length = int(lengths[pairs[part, 1]].max())

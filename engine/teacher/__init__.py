@@ -3,6 +3,18 @@
 from .ema import Teacher
 from .gather import all_gather_with_grad, gather_features, world_size
 from .queue import FeatureQueue
-from .schedule import momentum_at
+from .schedule import Constant, Cosine, WarmUp, named_schedule
+from .zero import initialize_untouched
 
-__all__ = ["FeatureQueue", "Teacher", "all_gather_with_grad", "gather_features", "momentum_at", "world_size"]
+__all__ = [
+    "Constant",
+    "Cosine",
+    "FeatureQueue",
+    "Teacher",
+    "WarmUp",
+    "all_gather_with_grad",
+    "gather_features",
+    "initialize_untouched",
+    "named_schedule",
+    "world_size",
+]

@@ -2,64 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from crossmask.kernels import ema_update_
-
-from .schedule import momentum_at
-from .zero import Pair, Shadow, autocast, parameter_dtype, shadow_of
+from .buffers import Buffers
+from .pairing import pair_buffers, pair_parameters
+from .schedule import Schedule, as_schedule, decay_at
+from .zero import autocast, check_engine, outside_zero_init, shadow_of
 
 
 class Teacher:
     """``theta' <- m theta' + (1 - m) theta`` over the student's fp32 masters; the teacher computes in its dtype.
 
-    ``model`` is a plain module (built outside ``zero.Init``) whose parameter ``xyz`` follows the student's
-    ``PREFIXxyz``; its own values are replaced by the student's at once. It is set to eval() and takes no gradient.
-    Parameters that are frozen in the student are copied once; tied ones are averaged once; buffers are copied after
-    each update.
+    The teacher's parameter ``xyz`` follows the student's ``PREFIXxyz``, from the student's values of now. It is in eval
+    mode and takes no gradient. Parameters that no optimizer moves are copied once; tied ones are averaged once.
 
-    Use it as ``with teacher.weights() as model: model.encode_image(...)``. At ZeRO stages 0 to 2 ``teacher.model``
-    can be called at any time; at stage 3 its weights exist only inside ``weights()``.
+    Use it as ``with teacher.weights() as model: model.encode_image(...)``. At stages 0 to 2 :attr:`model` will do as
+    well, without the no_grad and the autocast of ``weights()``; at stage 3 its weights exist only inside ``weights()``.
+    At stages 1 and 2 an update starts the all-gather of the new weights and returns: it runs beside whatever comes
+    next, until :attr:`model`, ``weights()`` or ``state_dict()`` is asked for, which wait. A module kept from before the
+    update does not: ask for it again. A backward pass through the teacher's weights of before an update is refused by
+    torch.
+
+    On a GPU everything is enqueued on the stream that is current at the call: make the calls, and use the weights, on
+    the stream that trains the student, or let the streams wait for one another.
     """
 
+    @torch.inference_mode(False)  # a caller's would make the shadow read-only for the updates to come
     def __init__(
-        self, engine: Any, model: nn.Module, momentum: float, warmup: bool = False, prefix: str = "model."
+        self,
+        student_engine: Any,
+        build_model: Callable[[], nn.Module],
+        decay: float | Schedule,
+        *,
+        buffers: Literal["copy", "average"] = "copy",
+        prefix: str = "model.",
     ) -> None:
-        """``engine``: the student's initialised DeepSpeed engine. ValueError where the two models do not pair."""
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum {momentum} is not in [0, 1)")
-        self.engine, self.model, self.prefix = engine, model, prefix
-        self.momentum, self.warmup = momentum, warmup
+        """Collective at stages 1 and 2.
+
+        Args:
+            student_engine: the student's initialised DeepSpeed engine.
+            build_model: builds the teacher's model, a new one; its values do not matter, so it may build on ``meta``,
+                which spares them. Called once, outside ``zero.Init``, and torch's random generators are afterwards as
+                they were.
+            decay: in [0, 1), or a schedule: the updates made so far -> the decay of the next one, in [0, 1].
+            buffers: copied at each update, or floating ones averaged in fp32; each rank follows its own student's.
+                The average of one that is not persistent begins anew when a run is resumed.
+            prefix: of the student's names.
+
+        Raises:
+            ValueError: an argument that cannot be used, or models that do not pair.
+            RecipeError: a DeepSpeed configuration that keeps no fp32 masters within reach, or hides skipped steps.
+        """
+        check_engine(student_engine)
+        if buffers not in ("copy", "average"):
+            raise ValueError(f"buffers {buffers!r} is neither 'copy' nor 'average'")
+        self.engine, self.schedule, self.prefix = student_engine, as_schedule(decay), prefix
         self.updates = 0  # updates made so far, resumed ones included
         self._uses = 0
-        model.to(engine.device, parameter_dtype(engine)).eval().requires_grad_(False)
-        self._buffers = self._pair_buffers()
-        self._shadow: Shadow = shadow_of(engine, self._pair_parameters())
-        self._publish()
+        self._followed = student_engine.global_steps
+        self._model = _build(build_model, student_engine.device)
+        pairs = pair_parameters(student_engine.module, self._model, prefix)
+        slots = pair_buffers(student_engine.module, self._model, prefix)
+        self._model.eval().requires_grad_(False)  # not before it is known to be no part of the student
+        self._buffers = Buffers(slots, buffers == "average")
+        self._shapes = {pair.name: pair.teacher.shape for pair in pairs} | self._buffers.shapes()
+        self._shadow = shadow_of(student_engine, pairs)
+
+    @property
+    def model(self) -> nn.Module:
+        """The teacher's module, as it is: no ``no_grad``, no autocast, and at stage 3 its weights are empty here.
+
+        Waits for weights that are still under way.
+        """
+        self._shadow.wait()
+        return self._model
 
     @torch.no_grad()
     def update(self) -> None:
         """One step towards the student. Call it once for each optimizer step that was applied, or use follow().
 
-        No communication for the average itself; one all-gather of the weights at stages 1 and 2. Collective there.
+        No communication for the average itself; at stages 1 and 2 it starts one all-gather of the weights, collective.
         """
-        decay = momentum_at(self.updates, self.momentum, self.warmup)
-        ema_update_(self._shadow.tensors, self._shadow.masters(), decay)
+        decay = decay_at(self.schedule, self.updates)
+        self._buffers.update(decay)  # first: it may refuse
+        self._shadow.update(decay)
         self.updates += 1
-        self._publish()
 
     def follow(self) -> bool:
-        """update(), if the ``engine.step()`` just called changed the student; True if so. Collective.
+        """update(), if ``engine.step()`` has changed the student since the last call; True if so. Collective.
 
-        False between accumulated micro-batches and where DeepSpeed skipped an overflowing step. The engine remembers
-        its last ``step()``: do not call this for a batch that never came to one.
+        False between accumulated micro-batches and where DeepSpeed skipped an overflowing step; at stage 0 in fp32 only
+        the engines of :func:`.zero.initialize_untouched` skip one.
         """
-        applied = bool(self.engine.was_step_applied())
+        steps = self.engine.global_steps
+        applied = bool(self.engine.was_step_applied()) and steps != self._followed
+        self._followed = steps
         if applied:
             self.update()
         return applied
@@ -68,8 +110,8 @@ class Teacher:
     def weights(self) -> Iterator[nn.Module]:
         """The model, ready to be called: whole weights, no gradient, autocast where the student has it.
 
-        Collective at stage 3 (one all-gather of all weights, freed afterwards); may be nested. At stages 0 to 2 one
-        rank may use it alone.
+        Collective at stage 3: one all-gather of all weights at each outermost use, which are held whole and freed
+        afterwards. May be nested. At stages 0 to 2 one rank may use it alone.
         """
         if not self._uses:
             self._shadow.gather()
@@ -83,68 +125,54 @@ class Teacher:
                 self._shadow.release()
 
     def state_dict(self, everywhere: bool = False) -> dict[str, Tensor]:
-        """Every parameter by its name (tied ones once): whole, fp32, on the CPU; persistent buffers in their dtype.
+        """Parameters by name (tied ones once), whole, fp32, on the CPU; persistent buffers, those averaged in fp32.
 
         Independent of ZeRO stage and world size. Collective; only rank 0 gets the tensors, the others an empty dict,
         unless ``everywhere``.
         """
         keep = everywhere or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        # clone: at stage 0 on the CPU these would be the live weights
-        state = {name: tensor.cpu().clone() for name, tensor in self._shadow.full() if keep}
+        # copies: on the CPU these may be the live weights
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._shadow.full() if keep}
         if keep:
-            persistent = self.model.state_dict().keys()
-            state.update({name: own.cpu().clone() for name, own, _ in self._buffers if name in persistent})
+            state |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._buffers.state()}
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor], updates: int = 0) -> None:
         """Takes back a state_dict of any stage and world size, the same on every rank. Collective.
 
-        Load the student first: weights and buffers are published from what is loaded here. ValueError names a
-        parameter that is missing or has another shape.
+        Load the student first. ValueError, before anything is changed, names what is missing, has another shape or is
+        not the teacher's.
         """
         for name, shape in self._shapes.items():
             if name not in state:
-                raise ValueError(f"the saved teacher has no parameter {name}")
-            if tuple(state[name].shape) != shape:
-                raise ValueError(f"the saved teacher's {name} is {tuple(state[name].shape)}, this one's is {shape}")
+                raise ValueError(f"the saved teacher has no {name}")
+            if state[name].shape != shape:
+                raise ValueError(
+                    f"the saved teacher's {name} is {tuple(state[name].shape)}, this one's is {tuple(shape)}"
+                )
+        for name in state.keys() - self._shapes.keys():
+            raise ValueError(f"the saved teacher has {name}, this one has not")
         self._shadow.load(state)
-        self.updates = updates
-        self._publish()
-        for name, own, _ in self._buffers:
-            if name in state:
-                own.copy_(state[name])
+        self._shadow.refresh()
+        self._buffers.load(state)
+        self.updates, self._followed = updates, self.engine.global_steps
 
-    def _publish(self) -> None:
-        self._shadow.publish()
-        for _, own, students in self._buffers:
-            own.copy_(students)
 
-    def _pair_parameters(self) -> list[Pair]:
-        students = dict(self.engine.module.named_parameters(remove_duplicate=False))
-        pairs: dict[int, Pair] = {}  # by the teacher's parameter, so that tied ones count once
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            student = students.get(self.prefix + name)
-            if student is None:
-                raise ValueError(f"the teacher's {name} has no counterpart {self.prefix + name} in the student")
-            if hasattr(parameter, "ds_id"):
-                raise ValueError(f"the teacher's {name} is partitioned: build the teacher outside deepspeed.zero.Init")
-            shape = tuple(getattr(student, "ds_shape", student.shape))
-            if tuple(parameter.shape) != shape:
-                raise ValueError(f"the teacher's {name} is {tuple(parameter.shape)}, the student's is {shape}")
-            known = pairs.setdefault(id(parameter), Pair(name, student, parameter))
-            if known.student is not student:
-                raise ValueError(f"the teacher ties {name} to {known.name}, the student does not")
-        if not pairs:
-            raise ValueError("the teacher has no parameters")
-        self._shapes = {pair.name: tuple(pair.teacher.shape) for pair in pairs.values()}
-        return list(pairs.values())
-
-    def _pair_buffers(self) -> list[tuple[str, Tensor, Tensor]]:
-        students = dict(self.engine.module.named_buffers())
-        buffers = []
-        for name, buffer in self.model.named_buffers():
-            if self.prefix + name not in students:
-                raise ValueError(f"the teacher's buffer {name} has no counterpart in the student")
-            buffers.append((name, buffer, students[self.prefix + name]))
-        return buffers
+def _build(build_model: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    if isinstance(build_model, nn.Module) or not callable(build_model):
+        raise ValueError(
+            f"build_model is a {type(build_model).__name__}: give a function that builds the model, lambda: Model(...)"
+        )
+    accelerator = {} if device.type == "cpu" else {"device_type": device.type}
+    with outside_zero_init(), torch.random.fork_rng([device] if accelerator else [], **accelerator):
+        model = build_model()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"build_model returned a {type(model).__name__}, not a torch.nn.Module")
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty_like(parameter, device="cpu")))  # keeps ties
+    for buffer in model.buffers():
+        if buffer.is_meta:
+            torch.utils.swap_tensors(buffer, torch.empty_like(buffer, device="cpu"))
+    return model

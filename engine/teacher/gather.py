@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,24 @@ def gather_flat(shard: Tensor, group: ProcessGroup | None = None, out: Tensor | 
         return out.copy_(shard)
     _gather_into(out, shard.contiguous(), group=group)
     return out
+
+
+def start_gather(
+    wholes: Sequence[Tensor], shards: Sequence[Tensor], group: ProcessGroup | None = None
+) -> dist.Work | None:
+    """Starts one collective that fills each 1-d whole (W * S_i,) with the shards (S_i,) of all ranks in rank order.
+
+    A shard may be this rank's own part of its whole. Returns what to ``wait()`` for before the wholes are read and
+    before the shards change; None in a world of one, where everything is done. Collective.
+    """
+    if world_size(group) == 1:
+        for whole, shard in zip(wholes, shards, strict=True):
+            if whole.data_ptr() != shard.data_ptr():
+                whole.copy_(shard)
+        return None
+    backend: Any = group or dist.group.WORLD  # torch offers the coalesced form on the group object alone
+    work: dist.Work = backend.all_gather_single_coalesced(list(wholes), list(shards))
+    return work
 
 
 @torch.no_grad()

@@ -1,250 +1,228 @@
-"""Where the teacher's shadow lives under each ZeRO stage. The only file that knows DeepSpeed's internals.
+"""What the teacher and its student must know of DeepSpeed's engine and optimizers while a run goes on.
 
-A *shadow* is the fp32 moving average of the student's fp32 *master* weights. It is kept exactly where ZeRO keeps the
-masters, so that an update needs no communication:
-
-=====  ================================================  ====================================================
-stage  shadow on this rank                               teacher's weights, in the student's dtype
-=====  ================================================  ====================================================
-0      every parameter                                   the shadow itself (parameters are fp32)
-1, 2   this rank's part of each flat parameter group     views of one flat buffer per group; one all-gather
-                                                         of the cast shadow per update
-3      this rank's shard of each parameter, one buffer   none between uses; one all-gather of the cast shadow
-                                                         when they are needed
-=====  ================================================  ====================================================
-
-At stage 3 the teacher is a plain module whose parameters are empty between uses. A teacher partitioned by DeepSpeed
-itself goes silently stale for parameters that DeepSpeed keeps gathered; here there is nothing that could.
+Read from and tested with DeepSpeed 0.19; a step to another minor version means to read its optimizers again, and its
+file formats, which ``training/student_files.py`` and ``training/whole_student.py`` know.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RecipeError
-from .gather import gather_flat, world_size
+from .shadows import FlatGroup, FlatShadow, Masters, Pair, ReplicatedShadow, Shadow, Shard, ShardedShadow
+
+TESTED = "0.19"
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One parameter of the teacher and the student's parameter it follows."""
+def initialize_untouched(student: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> Any:
+    """The engine of ``deepspeed.initialize``, with masters and optimizer state as if it had done nothing to them.
 
-    name: str
-    student: nn.Parameter
-    teacher: nn.Parameter
+    At stage 0 in bf16 and fp16 DeepSpeed allocates the optimizer's state by a step on zero gradients, in which weight
+    decay moves the fp32 masters and Adam counts its first step. Here that step does nothing; the state comes into being
+    in the first real one.
 
-
-class Shadow(ABC):
-    """The fp32 moving average of the masters, as much of it as this rank keeps, and its way into the teacher."""
-
-    tensors: list[Tensor]  # fp32, aligned with masters()
-
-    @abstractmethod
-    def masters(self) -> list[Tensor]:
-        """The student's fp32 master weights that ``tensors`` follow, asked afresh: DeepSpeed may replace them."""
-
-    @abstractmethod
-    def publish(self) -> None:
-        """Writes the shadow into the teacher's weights. Collective at stages 1 and 2."""
-
-    @abstractmethod
-    def full(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter by name: whole, fp32. Collective: every rank must run the iterator to its end."""
-
-    @abstractmethod
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes whole fp32 parameters by name and keeps this rank's part; does not publish."""
-
-    def gather(self) -> None:  # noqa: B027 - only stage 3 has something to do here
-        """Makes the teacher's weights whole for use. Collective at stage 3, nothing elsewhere."""
-
-    def release(self) -> None:  # noqa: B027
-        """Frees what :meth:`gather` brought."""
-
-
-class _Fixed:
-    """Parameters that no optimizer moves: copied once, whole on every rank (stages 0 to 2)."""
-
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self.pairs = list(pairs)
-        for pair in self.pairs:
-            pair.teacher.data = pair.student.data.clone()
-
-    def full(self) -> Iterator[tuple[str, Tensor]]:
-        for pair in self.pairs:
-            yield pair.name, pair.teacher.data.float()
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for pair in self.pairs:
-            pair.teacher.data.copy_(tensors[pair.name])
-
-
-class ReplicatedShadow(Shadow):
-    """Stage 0, fp32: masters are the student's parameters, and the shadow is the teacher's."""
-
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._moving = [pair for pair in pairs if pair.student.requires_grad]
-        self._fixed = _Fixed([pair for pair in pairs if not pair.student.requires_grad])
-        for pair in self._moving:
-            if pair.student.dtype is not torch.float32:
-                raise RecipeError(
-                    f"ZeRO stage 0 with {_short(pair.student.dtype)} parameters keeps no exact fp32 masters for the "
-                    "teacher: set zero_optimization.stage to 1 or more, or training.precision to fp32"
-                )
-            pair.teacher.data = pair.student.detach().clone()
-        self.tensors = [pair.teacher.data for pair in self._moving]
-
-    def masters(self) -> list[Tensor]:
-        return [pair.student.detach() for pair in self._moving]
-
-    def publish(self) -> None:
-        pass  # the shadow is the teacher
-
-    def full(self) -> Iterator[tuple[str, Tensor]]:
-        for pair, tensor in zip(self._moving, self.tensors, strict=True):
-            yield pair.name, tensor
-        yield from self._fixed.full()
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for pair, tensor in zip(self._moving, self.tensors, strict=True):
-            tensor.copy_(tensors[pair.name])
-        self._fixed.load(tensors)
-
-
-class FlatShadow(Shadow):
-    """Stages 1 and 2: ZeRO lays a group's parameters into one flat buffer and gives each rank an equal part of it.
-
-    A parameter's place is read from the addresses, which hold whatever order and padding DeepSpeed chose. Parameters
-    of a group that have no teacher (temperature, matching head) share the buffer and are averaged unread.
+    At stage 0 in fp32 the optimizer is the caller's own, and DeepSpeed would apply gradients that are not finite. Here
+    ``engine.step()`` leaves such a step out and ``engine.was_step_applied()`` says so, as at every other stage.
     """
+    import deepspeed
 
-    def __init__(self, optimizer: Any, pairs: Sequence[Pair]) -> None:
-        self._optimizer = optimizer
-        self._flat, groups, self._masters_of = _flat_layout(optimizer)
-        self._process_groups = list(optimizer.real_dp_process_group)
-        by_student = {id(pair.student): pair for pair in pairs}
-        self._places: list[list[tuple[Pair, int]]] = []  # per group: (pair, offset of its first element)
-        self._weights: list[Tensor] = []  # per group: the teacher's flat weights, in the student's dtype
-        placed: set[int] = set()
-        for flat, parameters in zip(self._flat, groups, strict=True):
-            weights = torch.zeros_like(flat)
-            places = []
-            for parameter in parameters:
-                offset, remainder = divmod(parameter.data_ptr() - flat.data_ptr(), flat.element_size())
-                if remainder or not 0 <= offset <= flat.numel() - parameter.numel():
-                    raise RuntimeError("a parameter does not lie in its flat ZeRO group: unknown DeepSpeed layout")
-                if pair := by_student.get(id(parameter)):
-                    pair.teacher.data = weights.narrow(0, offset, parameter.numel()).view(parameter.shape)
-                    places.append((pair, offset))
-                    placed.add(id(parameter))
-            self._weights.append(weights)
-            self._places.append(places)
-        self._fixed = _Fixed([pair for pair in pairs if id(pair.student) not in placed])
-        self.tensors = [master.clone() for master in self.masters()]
-
-    def masters(self) -> list[Tensor]:
-        return [master.detach() for master in self._masters_of()]
-
-    def publish(self) -> None:
-        for weights, shadow, group in zip(self._weights, self.tensors, self._process_groups, strict=True):
-            gather_flat(shadow.to(weights.device, weights.dtype), group, out=weights)
-
-    def full(self) -> Iterator[tuple[str, Tensor]]:
-        for places, shadow, weights, group in zip(
-            self._places, self.tensors, self._weights, self._process_groups, strict=True
-        ):
-            whole = gather_flat(shadow.to(weights.device), group)
-            for pair, offset in places:
-                yield pair.name, whole.narrow(0, offset, pair.teacher.numel()).view(pair.teacher.shape)
-        yield from self._fixed.full()
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for places, shadow, group in zip(self._places, self.tensors, self._process_groups, strict=True):
-            start = shadow.numel() * (torch.distributed.get_rank(group) if world_size(group) > 1 else 0)
-            for pair, offset in places:
-                _copy_overlap(tensors[pair.name].reshape(-1), offset, shadow, start)
-        self._fixed.load(tensors)
+    own = {key: value for key, value in vars(optimizer).items() if key == "step"}  # a learning rate scheduler's
+    vars(optimizer)["step"] = lambda *arguments, **options: None  # hides the method
+    try:
+        engine = deepspeed.initialize(model=student, optimizer=optimizer, config=dict(config))[0]
+    finally:
+        del vars(optimizer)["step"]
+        vars(optimizer).update(own)
+    if engine.optimizer is optimizer:
+        _leave_out_overflows(optimizer)
+    return engine
 
 
-class ShardedShadow(Shadow):
-    """Stage 3: every parameter is cut into W equal shards, the last one padded."""
+def _leave_out_overflows(optimizer: Any) -> None:
+    """Gives the optimizer the ``overflow`` that the engine asks DeepSpeed's own for after each step.
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._pairs = list(pairs)
-        first = self._pairs[0].student
-        self._dtype: torch.dtype = first.ds_tensor.dtype  # type: ignore[attr-defined]
-        self._group = first.ds_process_group  # type: ignore[attr-defined]
-        self._shapes = [tuple(pair.student.ds_shape) for pair in self._pairs]  # type: ignore[attr-defined]
-        self._moving = [pair for pair in self._pairs if pair.student.requires_grad]
-        shards = [_local_master(pair.student) for pair in self._pairs]
-        self._lengths = [shard.numel() for shard in shards]
-        self._buffer = torch.cat([shard.reshape(-1) for shard in shards])  # fp32
-        self._views = list(self._buffer.split(self._lengths))
-        self.tensors = [view for view, pair in zip(self._views, self._pairs, strict=True) if pair.student.requires_grad]
-        self.release()
+    The gradients are already the same on every rank, so nothing travels.
+    """
+    step = optimizer.step
 
-    def masters(self) -> list[Tensor]:
-        return [_local_master(pair.student) for pair in self._moving]
+    def checked(self: Any, *arguments: Any, **options: Any) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        return None if self.overflow else step(*arguments, **options)
 
-    def publish(self) -> None:
-        pass  # the weights are made from the shadow at each use
+    optimizer.step = MethodType(checked, optimizer)  # a method: schedulers wrap nothing else
 
-    def _whole(self, buffer: Tensor) -> Iterator[Tensor]:
-        ranks = world_size(self._group)
-        everyone = gather_flat(buffer, self._group).view(ranks, -1)  # (W, S)
-        for part, shape in zip(everyone.split(self._lengths, dim=1), self._shapes, strict=True):
-            yield part.reshape(-1)[: torch.Size(shape).numel()].view(shape)
 
-    def gather(self) -> None:
-        for pair, weight in zip(self._pairs, self._whole(self._buffer.to(self._dtype)), strict=True):
-            pair.teacher.data = weight
+@contextmanager
+def outside_zero_init() -> Iterator[None]:
+    """Inside, modules are built whole and plain, even where the caller stands inside ``deepspeed.zero.Init``."""
+    from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 
-    def release(self) -> None:
-        for pair in self._pairs:
-            pair.teacher.data = self._buffer.new_empty(0, dtype=self._dtype)
+    shutdown_init_context()
+    try:
+        yield
+    finally:
+        restore_init_context()
 
-    def full(self) -> Iterator[tuple[str, Tensor]]:
-        yield from zip((pair.name for pair in self._pairs), self._whole(self._buffer), strict=True)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        rank = torch.distributed.get_rank(self._group) if world_size(self._group) > 1 else 0
-        for pair, view in zip(self._pairs, self._views, strict=True):
-            view.zero_()
-            _copy_overlap(tensors[pair.name].reshape(-1), 0, view, rank * view.numel())
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO stage 3 has cut the parameter up."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The parameter's shape, also where ZeRO has cut it up."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def check_engine(engine: Any) -> None:
+    """Refuses, in one line, an engine whose masters the teacher cannot follow exactly.
+
+    Raises:
+        ValueError: not an initialised DeepSpeed engine, or one without an optimizer.
+        RecipeError: a configuration that keeps the masters out of reach, or that hides skipped steps.
+    """
+    _warn_of_untested_version()
+    if not hasattr(engine, "was_step_applied") or not isinstance(getattr(engine, "module", None), nn.Module):
+        raise ValueError(
+            f"the teacher follows a DeepSpeed engine, not a {type(engine).__name__}: give it deepspeed.initialize's"
+        )
+    optimizer, kind = engine.optimizer, type(engine.optimizer).__name__
+    if optimizer is None or kind == "DeepSpeedZeRoOffload":
+        raise ValueError(
+            "the student's engine has no optimizer, so nothing would move the teacher: initialise with one"
+        )
+    for present, what, remedy in (
+        (engine.pipeline_parallelism, "a pipeline's parameters, which lie on several ranks", "leave the pipeline out"),
+        (engine.mp_world_size > 1, "parameters under tensor parallelism", "use data parallelism alone"),
+        (engine.has_moe_layers, "experts, whose process groups differ", "use data parallelism alone"),
+        (_device(engine.zero_offload_optimizer()) == "nvme", "masters on NVMe", "set offload_optimizer.device to cpu"),
+        (_device(engine.zero_offload_param()) == "nvme", "parameters on NVMe", "set offload_param.device to cpu"),
+        (engine.zero_partial_offload() != 1.0, "masters on two devices", "set offload_optimizer.ratio to 1.0"),
+        (
+            engine.torch_autocast_enabled() and engine.torch_autocast_dtype() is torch.float16,
+            "torch_autocast in float16, whose gradient scaler leaves steps out unseen",
+            "set torch_autocast.dtype to bfloat16",
+        ),
+        (bool(getattr(optimizer, "zenflow", False)), "ZenFlow, which moves masters later", "leave zenflow out"),
+        (
+            kind == "DeepSpeedZeroOptimizer" and not _checks_gradients(optimizer),
+            "steps whose gradients nothing checks",
+            "leave bf16.check_grad_overflow and zero_optimization.compute_grad_norm true",
+        ),
+        (
+            engine.zero_quantized_nontrainable_weights(),
+            "frozen weights that are kept as int8 codes",
+            "leave zero_quantized_nontrainable_weights out",
+        ),
+    ):
+        if present:
+            raise RecipeError(f"the teacher cannot follow {what}: {remedy}")
+    lowered = engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled() or engine.fp16_enabled()
+    known = ("FP16_UnfusedOptimizer", "DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3")
+    if lowered and kind not in known:
+        raise RecipeError(
+            f"the teacher does not know where DeepSpeed's {kind} keeps its fp32 masters: "
+            "use torch.optim.AdamW, or another zero_optimization.stage"
+        )
 
 
 def shadow_of(engine: Any, pairs: Sequence[Pair]) -> Shadow:
-    """The shadow that fits the engine's ZeRO stage, holding the masters as they are now.
+    """The shadow that fits the engine's ZeRO stage, holding the masters as they are now; see :func:`check_engine`."""
+    optimizer, kind = engine.optimizer, type(engine.optimizer).__name__
+    try:
+        if kind == "DeepSpeedZeroOptimizer_Stage3":
+            return _sharded(optimizer, pairs, engine.device)
+        if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+            return _flat(optimizer, pairs)
+        return _replicated(optimizer, pairs)
+    except (AttributeError, KeyError) as error:
+        raise RuntimeError(f"{kind} has no {error}: the teacher reads the insides of DeepSpeed {TESTED}") from error
 
-    RecipeError where the configuration keeps no fp32 masters within reach: low-precision masters, NVMe offload,
-    stage 0 with bf16 or fp16 parameters.
+
+def _replicated(optimizer: Any, pairs: Sequence[Pair]) -> Shadow:
+    """Stage 0. In fp32 a parameter is its own master; in bf16 and fp16 every rank has an fp32 copy of each."""
+
+    def masters() -> dict[int, Tensor]:
+        if not hasattr(optimizer, "fp32_groups"):
+            return {id(own): own.detach() for group in optimizer.param_groups for own in group["params"]}
+        groups = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
+        return {id(own): master.detach() for own, master in groups}
+
+    known = masters()
+    moving = [pair for pair in pairs if id(pair.student) in known]
+    fixed = [pair for pair in pairs if id(pair.student) not in known]
+
+    def ordered() -> list[Tensor]:
+        now = masters()
+        return [now[id(pair.student)] for pair in moving]
+
+    return ReplicatedShadow(moving, fixed, _fp32(ordered))
+
+
+def _flat(optimizer: Any, pairs: Sequence[Pair]) -> Shadow:
+    """Stages 1 and 2, and stage 1 with bf16 parameters and fp32 gradient accumulation.
+
+    A parameter's place is read from the addresses, which hold whatever order and padding DeepSpeed chose.
     """
-    stage = int(engine.zero_optimization_stage())
-    if stage == 0:
-        return ReplicatedShadow(pairs)
-    offload = engine.zero_offload_optimizer()
-    if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
-        raise RecipeError("the teacher cannot follow masters on NVMe: set offload_optimizer.device to cpu or none")
-    shadow: Shadow = ShardedShadow(pairs) if stage == 3 else FlatShadow(engine.optimizer, pairs)
-    if any(master.dtype is not torch.float32 for master in shadow.masters()):
-        raise RecipeError("the teacher needs fp32 masters: switch DeepSpeed's low-precision master weights off")
-    return shadow
+    if type(optimizer).__name__ == "BF16_Optimizer":
+        flats, groups, own = optimizer.bf16_groups_flat, optimizer.bf16_groups, "fp32_groups_flat_partition"
+    else:
+        flats, groups, own = optimizer.bit16_groups_flat, optimizer.bit16_groups, "single_partition_of_fp32_groups"
+
+    def masters() -> list[Tensor]:
+        return [master.detach() for master in getattr(optimizer, own)]
+
+    by_student = {id(pair.student): pair for pair in pairs}
+    described, placed = [], set()
+    for flat, parameters in zip(flats, groups, strict=True):
+        places = []
+        for parameter in parameters:
+            offset, remainder = divmod(parameter.data_ptr() - flat.data_ptr(), flat.element_size())
+            if remainder or not 0 <= offset <= flat.numel() - parameter.numel():
+                raise RuntimeError("a parameter does not lie in its flat ZeRO group: unknown DeepSpeed layout")
+            if pair := by_student.get(id(parameter)):
+                places.append((pair, offset))
+                placed.add(id(parameter))
+        described.append(FlatGroup(flat, places))
+    fixed = [pair for pair in pairs if id(pair.student) not in placed]
+    return FlatShadow(described, fixed, _fp32(masters), _only_group(optimizer.real_dp_process_group))
 
 
-def parameter_dtype(engine: Any) -> torch.dtype:
-    """The dtype the student computes in (its parameters' dtype)."""
-    for parameter in engine.module.parameters():
-        tensor: Tensor = getattr(parameter, "ds_tensor", parameter)
-        if tensor.is_floating_point():
-            return tensor.dtype
-    raise ValueError("the student has no floating-point parameter")
+def _sharded(optimizer: Any, pairs: Sequence[Pair], device: torch.device) -> Shadow:
+    """Stage 3: masters lie flat by sub-group, a parameter's part at a known place of its sub-group.
+
+    hpZ keeps a second copy of the parameters within a node, which the masters and their process group do not know of.
+    """
+
+    def part_of(pair: Pair) -> Tensor:
+        part: Tensor = pair.student.ds_tensor  # type: ignore[attr-defined]
+        return part
+
+    def masters() -> list[Tensor]:
+        return [master.detach() for master in optimizer.fp32_partitioned_groups_flat]
+
+    trained = {id(parameter) for group in optimizer.fp16_groups for parameter in group}
+    shards: list[Shard] = []
+    fixed: list[Tensor] = []
+    for pair in pairs:
+        if id(pair.student) in trained:
+            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(pair.student)]
+        else:  # numbered behind the sub-groups
+            group, offset = len(optimizer.fp16_groups) + len(fixed), 0
+            fixed.append(part_of(pair))
+        shards.append(Shard(pair, whole_shape(pair.student), group, offset, part_of(pair).numel()))
+    process_group = _only_group([pair.student.ds_process_group for pair in pairs])  # type: ignore[attr-defined]
+    return ShardedShadow(shards, fixed, _fp32(masters), process_group, part_of(pairs[0]).dtype, device)
 
 
 def autocast(engine: Any) -> torch.autocast | None:
@@ -254,97 +232,72 @@ def autocast(engine: Any) -> torch.autocast | None:
     return torch.autocast(engine.device.type, dtype=engine.torch_autocast_dtype())
 
 
+def loss_scale_can_fall(engine: Any) -> bool:
+    """Whether fp16's loss scale is above its minimum: a step left out then tells nothing of the loss or the data."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None:
+        return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
+    scaler = getattr(engine.optimizer, "loss_scale_config", None)  # stage 0
+    return bool(scaler and scaler.dynamic_loss_scale and scaler.cur_scale > scaler.min_loss_scale)
+
+
 def discard_gradients(engine: Any) -> None:
     """Forgets the micro-batches accumulated since the last optimizer step, as if they had never been seen.
 
-    Safe between micro-batches, before ``engine.step`` of the last one, at stages 0 to 3 without optimizer offload
-    (NotImplementedError with it). Local: call it on every rank. Follows what DeepSpeed itself does on an overflow.
+    Safe between micro-batches, before the ``backward`` of the last one, at stages 0 to 3 with and without optimizer
+    offload. Local: call it on every rank. Follows what DeepSpeed itself does on an overflow.
     """
-    pending = engine.micro_steps % engine.gradient_accumulation_steps()
-    engine.micro_steps -= pending
-    optimizer, stage = engine.optimizer, int(engine.zero_optimization_stage())
-    if pending and (getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)):
-        raise NotImplementedError("accumulated gradients cannot be discarded under optimizer offload")
-    if stage == 0:
+    engine.micro_steps -= engine.micro_steps % engine.gradient_accumulation_steps()
+    optimizer, kind = engine.optimizer, type(engine.optimizer).__name__
+    if kind not in ("DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3"):
         engine.zero_grad()
         return
-    optimizer.zero_grad(set_to_none=True)
-    if hasattr(optimizer, "averaged_gradients"):
-        if hasattr(optimizer, "_release_preflattened_grad_buffers"):
-            optimizer._release_preflattened_grad_buffers()
-        optimizer.averaged_gradients = {}
-    if hasattr(optimizer, "all_grad_tensors"):
-        optimizer.all_grad_tensors = {}
-    if stage < 3 and hasattr(optimizer, "micro_step_id"):  # stage 3 resets its own in zero_grad
-        optimizer.micro_step_id = -1
+    optimizer.zero_grad(set_to_none=True)  # at stage 3 this makes the next micro-batch the first: its sums start anew
+    if kind == "DeepSpeedZeroOptimizer":
+        optimizer.micro_step_id = -1  # likewise
+        optimizer._wait_for_offload_copies()
+        optimizer._release_preflattened_grad_buffers()
+        for sums in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            for group in sums:
+                sums[group] = None
+    if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+        optimizer.reset_cpu_buffers()  # norms, and whether anything overflowed
+        for name in ("_offload_accumulated_param_ids", "_offload_boundary_param_ids"):
+            getattr(optimizer, name, set()).clear()
 
 
-@contextmanager
-def student_files_written_by(engine: Any, write: Callable[[Any, str], None]) -> Iterator[None]:
-    """Inside, ``engine.save_checkpoint`` hands every (object, path) to ``write`` and copies no recovery scripts.
-
-    A rank whose disk is full must still reach DeepSpeed's barriers: ``write`` can note the error instead of raising.
-    """
-    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-
-    class Writer(CheckpointEngine):
-        def create(self, info: Any) -> None:
-            pass
-
-        def save(self, state_dict: Any, path: str) -> None:
-            write(state_dict, path)
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            raise NotImplementedError
-
-        def commit(self, info: Any) -> bool:
-            return True
-
-    usual = engine.checkpoint_engine
-    engine.checkpoint_engine = Writer()
-    engine._copy_recovery_script = lambda save_path: None
-    try:
-        yield
-    finally:
-        engine.checkpoint_engine = usual
-        del engine._copy_recovery_script
+def _checks_gradients(optimizer: Any) -> bool:
+    """Stages 1 and 2: whether a step on gradients that are not finite is left out, by looking at them or their norm."""
+    return bool(
+        optimizer.check_grad_overflow or (optimizer.compute_grad_norm and optimizer.dtype is not torch.bfloat16)
+    )
 
 
-def _flat_layout(optimizer: Any) -> tuple[list[Tensor], list[list[nn.Parameter]], Callable[[], list[Tensor]]]:
-    """Flat groups, the parameters in them, and how to ask for this rank's masters."""
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return (
-            list(optimizer.bit16_groups_flat),
-            list(optimizer.bit16_groups),
-            lambda: list(optimizer.single_partition_of_fp32_groups),
+def _fp32(masters: Masters) -> Masters:
+    if any(master.dtype is not torch.float32 for master in masters()):
+        raise RecipeError("the teacher needs fp32 masters: leave DeepSpeed's *_master_weights_and_grads out")
+    return masters
+
+
+def _only_group(process_groups: Sequence[Any]) -> Any:
+    if any(group is not process_groups[0] for group in process_groups):
+        raise RecipeError("the teacher cannot follow parameters of several process groups: use data parallelism alone")
+    return process_groups[0]
+
+
+def _device(offload: Any) -> str:
+    """ "none", "cpu" or "nvme"."""
+    device = getattr(offload, "device", "none")
+    return str(getattr(device, "value", device))
+
+
+@cache
+def _warn_of_untested_version() -> None:
+    import deepspeed
+
+    if deepspeed.__version__.split(".")[:2] != TESTED.split("."):
+        warnings.warn(
+            f"the teacher reads DeepSpeed's insides; it was proved exact with {TESTED}, not with "
+            f"{deepspeed.__version__}: install deepspeed=={TESTED}.*",
+            stacklevel=2,
         )
-    if hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1, bf16, gradients accumulated in fp32
-        return (
-            list(optimizer.bf16_groups_flat),
-            list(optimizer.bf16_groups),
-            lambda: list(optimizer.fp32_groups_flat_partition),
-        )
-    raise RecipeError(f"the teacher does not know DeepSpeed's {type(optimizer).__name__}: use ZeRO stage 1, 2 or 3")
-
-
-def _local_master(parameter: nn.Parameter) -> Tensor:
-    """This rank's fp32 shard of a stage-3 parameter; of one that is frozen, its weights cast up."""
-    if not parameter.requires_grad:
-        frozen: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-        return frozen.detach().float()
-    from deepspeed.utils import safe_get_local_fp32_param
-
-    shard: Tensor = safe_get_local_fp32_param(parameter)
-    return shard.detach()
-
-
-def _copy_overlap(source: Tensor, source_start: int, target: Tensor, target_start: int) -> None:
-    """Copies where two intervals of one flat space meet; both tensors are 1-d, the starts are their places in it."""
-    begin = max(source_start, target_start)
-    end = min(source_start + source.numel(), target_start + target.numel())
-    if begin < end:
-        target[begin - target_start : end - target_start].copy_(source[begin - source_start : end - source_start])
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

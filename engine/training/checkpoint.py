@@ -3,30 +3,31 @@
 ::
 
     checkpoints/latest                          name of the newest checkpoint, replaced atomically at the very end
-    checkpoints/step-000500/student/*.pt        DeepSpeed's own files: weights, ZeRO shards, optimizer, scheduler
+    checkpoints/step-000500/student/*.pt        DeepSpeed's own files: weights, ZeRO shards, optimizer
                             teacher.safetensors whole fp32 tensors, independent of ZeRO stage and world size
                             queue.safetensors
                             rng-rank00.safetensors ...
                             state.json          step, world size, ZeRO stage, counters, whatever the loop adds
+                            recipe.yaml         what the run was told to do when this was saved
                             manifest.json       size and SHA-256 of every file above
+    checkpoints/step-000500-universal/          the same, with student/zero/PARAMETER/*.pt for any number of ranks
+                                                (``crossmask reshard``, see reshard.py)
     checkpoints/step-000600.partial/            being written, or left by a crash; removed by the next save
 
-All ranks write to one (shared) file system.
+All ranks write to one (shared) file system. Each rank hashes what it wrote, and verifies its share of what is loaded.
 
-Trust: DeepSpeed unpickles its ``.pt`` files (``weights_only=False``), and a pickle can run code. A file is opened only
-where the manifest names it and its hash matches, which protects from damage, not from malice: resume only runs whose
-folder you trust. Teacher, queue, RNG and state are safetensors and JSON and carry no code.
+Trust: a file is opened only where the manifest names it and its hash matches, which protects from damage. DeepSpeed's
+``.pt`` files are pickles, and are loaded as plain data only (student_files.py): none can run code. The others are
+safetensors, JSON and YAML.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +36,64 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..beats import beat
 from ..errors import CheckpointError
+from ..recipe import Recipe
+from ..recipe_files import dump_recipe
 from ..teacher import FeatureQueue, Teacher, world_size
-from ..teacher.zero import student_files_written_by
 from .agreement import first_error, rank_of_process
-from .random_state import capture_random_state, restore_random_state
+from .checkpoint_state import QUEUE, RECIPE, STATE, TEACHER, CheckpointState, Inspection, inspect, random_file
+from .manifest import (
+    PARTIAL,
+    STUDENT,
+    Entry,
+    describe,
+    entries,
+    files_of,
+    hashing,
+    is_disk_full,
+    one_line,
+    replace_text,
+    seal,
+    start_afresh,
+    system_error,
+    write_json,
+    write_text,
+)
+from .random_state import capture_random_state, restore_random_state, seed_random_state
+from .recipe_change import check_recipe
+from .student_files import is_universal, load_student, more_than_data, read_unmoved, student_files_written_by
 
-FOLDER, LATEST, MANIFEST, STATE = "checkpoints", "latest", "manifest.json", "state.json"
-STUDENT, TEACHER, QUEUE = "student", "teacher.safetensors", "queue.safetensors"
-PARTIAL = ".partial"
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class CheckpointState:
-    """What a checkpoint says of itself. ``extra`` is what the loop passed to save()."""
-
-    step: int
-    world_size: int
-    zero_stage: int
-    teacher_updates: int
-    extra: dict[str, Any] = field(default_factory=dict)
+FOLDER, LATEST = "checkpoints", "latest"
+UNIVERSAL = "-universal"
+# Whatever DeepSpeed, torch and safetensors stumble over in files that are not what they expect.
+_UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, KeyError, IndexError, AssertionError, TypeError, AttributeError),
+    SafetensorError,
+)
+_NAME = re.compile(rf"step-(\d+)({UNIVERSAL})?")
 
 
 class CheckpointManager:
-    """Saves and loads the checkpoints of one run folder; every method but :meth:`verified` is collective."""
+    """Saves and loads the checkpoints of one run folder; :meth:`save` and :meth:`load` are collective."""
 
-    def __init__(self, run_dir: Path | str, keep: int = 2, warn: Callable[[str], None] | None = None) -> None:
-        """``keep``: newest checkpoints that stay (>= 1). ``warn`` takes one line; default the module's logger."""
+    def __init__(
+        self,
+        run_dir: Path | str,
+        keep: int = 2,
+        warn: Callable[[str], None] | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        """
+        Args:
+            keep: newest steps whose checkpoints stay (>= 1).
+            warn: takes one line; default the module's logger.
+            recipe: the run's. It goes into every checkpoint, and is compared with the one in what is loaded.
+        """
         if keep < 1:
             raise ValueError(f"keep {keep} checkpoints: at least one must stay")
-        self.folder, self.keep = Path(run_dir) / FOLDER, keep
+        self.run_dir, self.folder, self.keep, self.recipe = Path(run_dir), Path(run_dir) / FOLDER, keep, recipe
+        self._damaged: set[str] = set()  # names of the checkpoints that were found to be so
         self._warn = warn or logging.getLogger(__name__).warning
 
     # -- saving ---------------------------------------------------------------------------------------------------
@@ -81,59 +109,86 @@ class CheckpointManager:
         partial = final.with_name(final.name + PARTIAL)
         rank = rank_of_process()
         errors: list[str] = []
+        written: dict[str, Future[Entry]] = {}
 
-        def attempt(action: Callable[..., Any], *arguments: Any) -> None:
+        def attempt(action: Callable[..., Any], *arguments: Any, what: str = "") -> None:
             # torch's zip writer turns a full disk into a RuntimeError, safetensors into its own.
             try:
                 action(*arguments)
             except (OSError, RuntimeError, SafetensorError) as error:
-                errors.append(_one_line(error))
+                errors.append(what + one_line(error))
+
+        def write(action: Callable[[Any, Path], Any], content: Any, path: Path) -> None:
+            def both() -> None:
+                beat("saving the checkpoint")
+                action(content, path)
+                written[path.relative_to(partial).as_posix()] = pool.submit(describe, path)
+
+            attempt(both, what=f"{path.name}: ")
 
         if rank == 0:
-            attempt(_start_afresh, partial)
+            attempt(start_afresh, partial)
         self._check(errors, step, partial)
 
-        with student_files_written_by(engine, lambda state, path: attempt(_save_pickled, state, path)):
-            engine.save_checkpoint(str(partial), tag=STUDENT, save_latest=False)
-        attempt(save_file, capture_random_state(), partial / _random_file(rank))
-        tensors = teacher.state_dict()  # collective
-        if rank == 0:
-            state = CheckpointState(
-                step, world_size(), int(engine.zero_optimization_stage()), teacher.updates, dict(extra or {})
-            )
-            attempt(save_file, tensors, partial / TEACHER)
-            attempt(save_file, queue.state_dict(), partial / QUEUE)
-            attempt(_write_json, partial / STATE, vars(state))
-        del tensors
+        with hashing() as pool:  # while the next file is written
+            with student_files_written_by(engine, lambda state, path: write(_save_pickled, state, Path(path))):
+                engine.save_checkpoint(str(partial), tag=STUDENT, save_latest=False)
+            write(save_file, capture_random_state(), partial / random_file(rank))
+            tensors = teacher.state_dict()  # collective
+            if rank == 0:
+                state = CheckpointState(
+                    step, world_size(), int(engine.zero_optimization_stage()), teacher.updates, dict(extra or {})
+                )
+                write(save_file, tensors, partial / TEACHER)
+                write(save_file, queue.state_dict(), partial / QUEUE)
+                write(lambda values, path: write_json(path, values), vars(state), partial / STATE)
+                if self.recipe:
+                    write(lambda text, path: write_text(path, text), dump_recipe(self.recipe), partial / RECIPE)
+            del tensors
+            for name, entry in written.items():
+                attempt(entry.result, what=f"{name}: ")
         self._check(errors, step, partial)
 
+        described = _from_all_ranks({name: entry.result() for name, entry in written.items()})
+        begun = partial
         if rank == 0:
-            attempt(_seal, partial, final)
+            attempt(seal, partial, final, {name: entry for files in described for name, entry in files.items()})
+            begun = partial if partial.exists() else final
             if not errors:
-                attempt(_replace_text, self.folder / LATEST, final.name)
-        self._check(errors, step, partial)
+                attempt(replace_text, self.folder / LATEST, final.name)
+        self._check(errors, step, begun)
         if rank == 0:
             self._prune(final)
         return final
 
-    def _check(self, errors: list[str], step: int, partial: Path) -> None:
-        """Raises on every rank where one of them failed."""
-        error = first_error("; ".join(errors) or None)
+    def _check(self, errors: list[str], step: int, begun: Path) -> None:
+        """Raises on every rank where one of them failed; what was ``begun`` is removed, unless ``latest`` names it."""
+        error = first_error(errors[0] if errors else None)
         if error is None:
             return
-        if rank_of_process() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        latest = self._latest_name()
+        latest = self.latest_name()
+        if rank_of_process() == 0 and begun.name != latest:
+            shutil.rmtree(begun, ignore_errors=True)
         left = f"{latest} is intact" if latest else "there is no earlier one"
+        if is_disk_full(error):
+            left += ": make room"
         raise CheckpointError(f"the checkpoint of step {step} could not be saved in {self.folder}: {error}; {left}")
 
     def _prune(self, newest: Path) -> None:
-        """Removes all but the newest ``keep`` checkpoints; the one just written always stays."""
-        others = [path for path in self._complete() if path != newest]
-        for path in others[self.keep - 1 :]:
-            shutil.rmtree(path, ignore_errors=True)
-            if path.exists():
-                self._warn(f"the old checkpoint {path} could not be removed: delete it by hand")
+        """Removes all but ``newest`` and those of the ``keep`` - 1 steps before it, and the damaged ones first of all.
+
+        Later steps, of a run that was taken back by hand, do not count and stay until they are overtaken.
+        """
+        step, present = _step_of(newest), self._complete()
+        self._damaged.discard(newest.name)  # if it was, it has just been replaced
+        good = {_step_of(path) for path in present if path.name not in self._damaged}
+        earlier = sorted((one for one in good if one < step), reverse=True)
+        kept = good - set(earlier[self.keep - 1 :])
+        for path in sorted(present, key=lambda path: path.name not in self._damaged):
+            if _step_of(path) not in kept or path.name in self._damaged:
+                shutil.rmtree(path, ignore_errors=True)
+                if path.exists():
+                    self._warn(f"the old checkpoint {path} could not be removed: delete it by hand")
 
     # -- loading --------------------------------------------------------------------------------------------------
 
@@ -141,84 +196,162 @@ class CheckpointManager:
         """Restores the latest good checkpoint into the three and the random generators, and returns its state.
 
         A damaged one is named in a warning, file and all, and the one before it is used. CheckpointError where none
-        is usable, where the number of ranks or the ZeRO stage differs, and where the contents do not fit the model.
+        is usable, where the ZeRO stage differs, where the number of ranks differs and the checkpoint is not universal,
+        and where recipe or contents do not fit. Ranks that did not save theirs are given random generators that follow
+        from the recipe's seed, the rank and the step.
         """
         folder, state = self._choose(int(engine.zero_optimization_stage()))
+        rank = rank_of_process()
+        # What a rank can read by itself comes first: the ranks can still agree then. DeepSpeed's part has collectives
+        # in it: a rank that fails there must leave at once, the others wait for it in vain until they are ended.
         error: str | None = None
+        mine: dict[str, torch.Tensor] | None = None
         try:
-            path, _ = engine.load_checkpoint(str(folder), tag=STUDENT)
-            if path is None:
-                raise RuntimeError("DeepSpeed found nothing to load")
-            teacher.load_state_dict(load_file(folder / TEACHER), state.teacher_updates)
-            queue.load_state_dict(load_file(folder / QUEUE))
-            restore_random_state(load_file(folder / _random_file(rank_of_process())))
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as problem:
-            error = _one_line(problem)
-        error = first_error(error)
-        if error is not None:
-            raise CheckpointError(f"{folder} does not fit this recipe's model: {error}")
+            tensors, queued = load_file(folder / TEACHER), load_file(folder / QUEUE)
+            unmoved = read_unmoved(folder / STUDENT)
+            if rank < state.world_size:
+                mine = load_file(folder / random_file(rank))
+        except _UNREADABLE as problem:
+            error = _unreadable(folder, problem)
+        if (error := first_error(error)) is not None:
+            raise CheckpointError(error)
+        try:
+            load_student(engine, folder / STUDENT, unmoved)
+            teacher.load_state_dict(tensors, state.teacher_updates)
+            queue.load_state_dict(queued)
+            if mine is not None:
+                restore_random_state(mine)
+            else:
+                seed_random_state(self.recipe.seed if self.recipe else 0, rank, state.step)
+        except _UNREADABLE as problem:
+            where = f"rank {rank}: " if world_size() > 1 else ""
+            raise CheckpointError(where + _unreadable(folder, problem)) from problem
         return state
 
-    def verified(self) -> tuple[Path, CheckpointState]:
+    def verified(
+        self,
+        step: int | None = None,
+        needed: Callable[[str], bool] = lambda name: True,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> tuple[Path, CheckpointState]:
         """The latest checkpoint whose every file matches its manifest. Local: for one process, no engine needed.
 
-        CheckpointError where there is none.
+        Args:
+            step: that of this step, in either of its forms, and no other.
+            needed: whether a file's contents matter, by its path inside the checkpoint.
+            tell: takes a line before each checkpoint that is read.
+
+        Raises:
+            CheckpointError: there is none.
         """
-        if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder.parent} has no checkpoints: there is nothing to resume from")
-        candidates = self._complete()
-        latest = self._latest_name()
-        if latest is None:
-            if candidates:
-                self._warn(f"{self.folder / LATEST} is missing: looking for the newest good checkpoint")
-        elif (named := self.folder / latest) not in candidates:
-            self._warn(f"{self.folder / LATEST} names {latest}, which is missing: looking for the newest good one")
-        else:
-            candidates = [named, *(path for path in candidates if path != named)]
+        candidates, remarks = self._candidates()
+        for remark in remarks if step is None else ():
+            self._warn(remark)
+        if step is not None:
+            steps = sorted({_step_of(path) for path in candidates})
+            candidates = [path for path in candidates if _step_of(path) == step]
+            if not candidates:
+                there = f"there {'are' if len(steps) > 1 else 'is'} {', '.join(map(str, steps)) or 'none yet'}"
+                raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; {there}")
+
+        def verify(candidate: Path) -> Inspection:
+            size = sum(path.stat().st_size for name, path in files_of(candidate).items() if needed(name))
+            tell(f"verifying {size / 1e6:,.1f} MB of {candidate.name}")
+            return inspect(candidate, needed=needed)
+
+        return self._first_good(candidates, verify, step)
+
+    def _first_good(
+        self, candidates: list[Path], verify: Callable[[Path], Inspection], step: int | None = None
+    ) -> tuple[Path, CheckpointState]:
         damages = []
         for candidate in candidates:
-            damage = find_damage(candidate)
-            if damage is None:
-                return candidate, read_state(candidate)
+            damage, state = verify(candidate)
+            if damage is None and state is not None:
+                return candidate, state
+            self._damaged.add(candidate.name)
             damages.append(f"{candidate.name}: {damage}")
-            self._warn(f"checkpoint {candidate} is damaged ({damage}): trying the one before it")
+            if step is not None and candidate == candidates[-1]:
+                raise CheckpointError(f"checkpoint {candidate} is damaged ({damage}): take another step")
+            if rank_of_process() == 0:
+                self._warn(f"checkpoint {candidate} is damaged ({damage}): trying the one before it")
         raise CheckpointError(
             f"{self.folder} holds no usable checkpoint{f' ({damages[0]})' if damages else ''}: "
             "start the run again, or copy a good checkpoint back"
         )
 
+    def _candidates(self) -> tuple[list[Path], list[str]]:
+        """Finished checkpoints in the order in which to try them, and what is odd about that."""
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.run_dir} has no checkpoints yet: there is nothing to resume or export")
+        candidates = self._complete()
+        latest = self.latest_name()
+        if latest is None:
+            odd = f"{self.folder / LATEST} is missing: looking for the newest good checkpoint"
+            return candidates, [odd] if candidates else []
+        if (named := self.folder / latest) not in candidates:
+            odd = f"{self.folder / LATEST} names {latest}, which is missing: looking for the newest good one"
+            return candidates, [odd]
+        return [named, *(path for path in candidates if path != named)], []
+
     def _choose(self, stage: int) -> tuple[Path, CheckpointState]:
-        """Rank 0 verifies and decides, the others follow."""
-        decision: list[Any] = [None, None, None]
+        """Rank 0 says what to try, and every rank reads a share of it. Collective."""
+        plan: list[Any] = [[], None]
         if rank_of_process() == 0:
             try:
-                folder, state = self.verified()
-                decision = [str(folder), vars(state), None]
+                candidates, remarks = self._candidates()
+                plan = [[str(path) for path in candidates], None]
+                for remark in remarks:
+                    self._warn(remark)
             except CheckpointError as error:
-                decision[2] = str(error)
+                plan[1] = str(error)
         if world_size() > 1:
-            dist.broadcast_object_list(decision, src=0)
-        if decision[2] is not None:
-            raise CheckpointError(decision[2])
-        folder, state = Path(decision[0]), CheckpointState(**decision[1])
-        if state.world_size != world_size():
-            raise CheckpointError(
-                f"{folder} was saved by {_ranks(state.world_size)}, this run has {_ranks(world_size())}: ZeRO's "
-                f"optimizer shards load only into the same number; start {_ranks(state.world_size)}"
-            )
+            dist.broadcast_object_list(plan, src=0)
+        if plan[1] is not None:
+            raise CheckpointError(plan[1])
+
+        def verify(candidate: Path) -> Inspection:
+            damage, state = inspect(candidate, rank_of_process(), world_size())
+            return _first(_from_all_ranks(damage)), state
+
+        folder, state = self._first_good([Path(path) for path in plan[0]], verify)
+        if misfit := _first(_from_all_ranks(self._misfit(folder, state, stage))):
+            raise CheckpointError(misfit)
+        refused = _from_all_ranks(more_than_data(folder / STUDENT, rank_of_process(), world_size()))
+        for problem in filter(None, refused):
+            raise CheckpointError(f"{folder}: {problem}; it was not opened: do not resume what you do not trust")
+        return folder, state
+
+    def _misfit(self, folder: Path, state: CheckpointState, stage: int) -> str | None:
+        """Why this run is not one that can continue the checkpoint."""
         if state.zero_stage != stage:
-            raise CheckpointError(
+            return (
                 f"{folder} was saved under ZeRO stage {state.zero_stage}, this run uses stage {stage}: set "
                 f"zero_optimization.stage to {state.zero_stage}"
             )
-        return folder, state
+        if state.world_size != world_size() and stage > 0 and not is_universal(folder / STUDENT):
+            return (
+                f"{folder} was saved by {_ranks(state.world_size)}, this run has {_ranks(world_size())}: use --ranks "
+                f"{state.world_size}, or make it load into any number with: crossmask reshard {self.run_dir}"
+            )
+        try:
+            if self.recipe and RECIPE in entries(folder):
+                remarks = check_recipe((folder / RECIPE).read_text(encoding="utf-8"), self.recipe, folder.name)
+                for remark in remarks if rank_of_process() == 0 else ():
+                    self._warn(remark)
+        except CheckpointError as error:
+            return str(error)
+        except (OSError, ValueError) as error:
+            return _unreadable(folder, error)
+        return None
 
     def _complete(self) -> list[Path]:
-        """Finished checkpoints, newest first."""
-        found = [path for path in self.folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+        """Finished checkpoints, newest first; of one step, the universal one first."""
+        found = [path for path in self.folder.glob("step-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (_step_of(path), path.name), reverse=True)
 
-    def _latest_name(self) -> str | None:
+    def latest_name(self) -> str | None:
+        """What ``latest`` says; None where it cannot be read."""
         try:
             name = (self.folder / LATEST).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
@@ -226,122 +359,33 @@ class CheckpointManager:
         return name or None
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, naming the first bad one; None where all match the manifest."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
-        files = manifest["files"]
-        if manifest["sha256"] != _digest_of(files):
-            return f"{MANIFEST}: contents changed"
-    except FileNotFoundError:
-        return f"{MANIFEST}: missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST}: unreadable, {type(error).__name__}"
-    present = _files_of(checkpoint)
-    for name in sorted(present.keys() - files.keys()):
-        return f"{name}: not in the manifest"
-    for name, expected in files.items():
-        path = present.get(name)
-        if path is None:
-            return f"{name}: missing"
-        try:
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                return f"{name}: {size} bytes instead of {expected['bytes']}"
-            if _digest(path) != expected["sha256"]:
-                return f"{name}: contents changed"
-        except OSError as error:
-            return f"{name}: {_one_line(error)}"
-    return None
+def _unreadable(folder: Path, error: Exception) -> str:
+    """A disk that fails is not the recipe's fault."""
+    if system_error(error):
+        return f"{folder} cannot be read: {one_line(error)}"
+    return f"{folder} cannot be loaded into this recipe's model: {one_line(error)}"
 
 
-def read_state(checkpoint: Path) -> CheckpointState:
-    """The state of a verified checkpoint."""
-    values = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    return CheckpointState(**values)
-
-
-def _start_afresh(partial: Path) -> None:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in partial.parent.glob("step-*" + PARTIAL):
-        shutil.rmtree(left_over)
-    partial.mkdir()
-
-
-def _save_pickled(state: Any, path: str) -> None:
+def _save_pickled(state: Any, path: Path) -> None:
     with open(path, "wb") as file:
         torch.save(state, file)
 
 
-def _seal(partial: Path, final: Path) -> None:
-    """Manifest, everything on the disk, then the final name; an earlier checkpoint of this step is replaced."""
-    files = {
-        name: {"bytes": path.stat().st_size, "sha256": _digest(path, flush=True)}
-        for name, path in _files_of(partial).items()
-    }
-    _write_json(partial / MANIFEST, {"format": FORMAT, "files": files, "sha256": _digest_of(files)})
-    for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
-        _flush_folder(folder)
-    replaced = final.with_name(f"{final.name}.replaced{PARTIAL}")
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(partial, final)
-    _flush_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+def _from_all_ranks(value: Any) -> Iterator[Any]:
+    """What every rank passed, in rank order. Collective."""
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return iter(values)
 
 
-def _files_of(checkpoint: Path) -> dict[str, Path]:
-    """Every file but the manifest, by its path inside the checkpoint, sorted."""
-    found = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
-    return {name: found[name] for name in sorted(found) if name != MANIFEST}
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removesuffix(UNIVERSAL)[5:])
 
 
-def _digest(path: Path, flush: bool = False) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        if flush:
-            os.fsync(file.fileno())
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _digest_of(files: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _random_file(rank: int) -> str:
-    return f"rng-rank{rank:02d}.safetensors"
+def _first(found: Iterator[str | None]) -> str | None:
+    return next(filter(None, found), None)
 
 
 def _ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

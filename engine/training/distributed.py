@@ -10,14 +10,16 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from ..beats import beat
 from ..errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 
-# Longest wait for another rank: rank 0 evaluates alone, and that may take long on a large held-out set.
-PATIENCE = timedelta(hours=2)
+# Longest wait of a collective. Who hangs is noticed long before, by watchdog.py and by what the recipe allows (at most
+# half of this); a shorter wait here would only end runs whose rank 0 evaluates alone on a large held-out set.
+PATIENCE = timedelta(days=1)
 
 
 class World(NamedTuple):
@@ -65,6 +67,7 @@ def init_distributed() -> World:
         # DeepSpeed would compile its shared-memory all-reduce here (a minute and a half; it serves inference only)
         # and print that it did. This table is where it looks up which of its operators can be built.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    beat("meeting the other ranks")
     deepspeed.init_distributed("nccl" if gpus else "gloo", timeout=PATIENCE, auto_mpi_discovery=False, verbose=False)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
@@ -91,7 +94,8 @@ def leave(code: int, together: bool) -> NoReturn:
         import torch
 
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+            with suppress(Exception):  # a rank that died at the last moment: its own end tells
+                torch.distributed.barrier()
     with suppress(OSError, ValueError):  # a closed pipe has no reader left to disappoint
         sys.stdout.flush()
         sys.stderr.flush()

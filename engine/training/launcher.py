@@ -4,11 +4,14 @@ The ranks are started by DeepSpeed's own launcher (``deepspeed.launcher.runner``
 ranks). They live in a session of their own: a terminal's Ctrl-C reaches only this process, which hands it to each
 rank once. DeepSpeed's launchers are left alone until the ranks have ended, because they answer a signal by ending the
 ranks one after the other. Ranks write to the terminal directly, so that a live display works.
+
+However a run fails, no process outlives :func:`launch` and it returns something other than 0: within
+:data:`FAILURE_MARGIN` seconds of a rank's death or exception, and within ``training.rank_timeout`` (before the first
+step :data:`watch.START_UP`, where that is longer) and :data:`watch.HANG_MARGIN` seconds of the last sign of progress.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -16,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -31,17 +35,24 @@ from ..failures import (
     EXIT_USER_ERROR,
     FAILURE_FILE,
     Failure,
+    left_a_note,
     print_error,
     print_failure,
     read_note,
+    resume_hint,
 )
 from ..recipe import Recipe
+from .beat_board import FileBoard
 from .distributed import free_port, threads_per_rank
+from .rank_processes import LAUNCHER_PID, End, RankProcesses, members, rank_processes, send, send_group
+from .stacks import collect_stacks, keep_stacks
+from .status import STATUS, read_status, record_failure
+from .watch import Hang, Watch
 
 TRAIN_MODULE = "crossmask.engine.train"
-LAUNCHER_PID = "CROSSMASK_LAUNCHER_PID"  # a rank whose launcher has died stops itself, see signals.py
 GRACE = 30.0  # seconds from the wish to stop to SIGKILL
 GRACE_AFTER_FAILURE = 5.0  # seconds the other ranks get when one has failed: they can only wait for it in vain
+FAILURE_MARGIN = 10.0  # seconds from a rank's death or exception to the end of launch()
 SAME_REQUEST = 2.0  # seconds in which further signals are echoes: a Ctrl-C reaches make, and make passes it on
 POLL = 0.2
 
@@ -73,16 +84,24 @@ def plan_ranks(recipe: Recipe, ranks: int | None = None) -> Plan:
 
 
 def launch(
-    arguments: Sequence[str], run_dir: Path, plan: Plan, *, module: str = TRAIN_MODULE, grace: float = GRACE
+    arguments: Sequence[str],
+    run_dir: Path,
+    plan: Plan,
+    *,
+    rank_timeout: float = float("inf"),
+    module: str = TRAIN_MODULE,
+    grace: float = GRACE,
 ) -> int:
     """Run ``module`` with ``arguments`` on every rank of ``plan`` until it ends.
 
     SIGINT, SIGTERM and SIGHUP to this process become one SIGTERM to each rank, which has ``grace`` seconds to save and
-    leave; a second request ends the ranks at once. No process outlives the call.
+    leave; a second request ends the ranks at once. Ranks that have not beaten for ``rank_timeout`` seconds are ended.
+    No process outlives the call.
 
     Returns:
-        0 finished, 130 stopped by the user, 2 a user's mistake, 1 anything else. ``status.json`` in ``run_dir``
-        decides, never the launcher's own exit code. The reason has been printed, once.
+        0 finished, 130 stopped by the user, 2 a user's mistake, 1 anything else. ``status.json`` in ``run_dir`` and
+        how the ranks ended decide, never the launcher's own exit code. The reason has been printed, once, and stands
+        there, except of a run that was finished and failed or hung afterwards.
     """
     before = _status_text(run_dir)
     with tempfile.TemporaryDirectory(prefix="crossmask-") as folder, _stop_requests() as requests:
@@ -93,17 +112,26 @@ def launch(
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
+        watch = Watch(plan.ranks, rank_timeout)
+        vigil = _Vigil(process, requests, note, watch, grace, lambda: _status_since(before, run_dir))
         try:
-            _wait(process, requests, note, grace)
+            vigil.wait()
+            failure, stacks = vigil.failure(), vigil.stacks(run_dir)
+            if process.poll() is None:  # out of patience
+                send_group(process.pid, signal.SIGKILL)
         finally:
             _end_group(process, min(grace, GRACE_AFTER_FAILURE))
-        failure = read_note(note)
     if sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # a live display that was killed left the cursor hidden
         sys.stdout.flush()
-    after = _status_text(run_dir)
-    status = json.loads(after) if after and after != before else {}
-    return _verdict(status, failure, run_dir, stopped=bool(requests), returncode=process.returncode)
+    status = _status_since(before, run_dir)
+    if failure is not None and stacks:
+        failure = replace(failure, line=failure.line + stacks)
+    code, reason = _verdict(status, failure, run_dir, stopped=bool(requests), returncode=process.returncode)
+    if reason and status:
+        with suppress(OSError):  # a full disk: the reason is on the screen
+            record_failure(run_dir, reason, watch.step)
+    return code
 
 
 def launcher_command(plan: Plan, module: str, arguments: Sequence[str]) -> list[str]:
@@ -177,100 +205,148 @@ def _stop_requests() -> Iterator[list[float]]:
             signal.signal(number, handler)
 
 
-def _wait(process: subprocess.Popen[bytes], requests: Sequence[float], note: Path, grace: float) -> None:
-    """Until the launcher has ended: hand signals on, and lose patience."""
-    told: set[psutil.Process] = set()
-    deadline = float("inf")
-    while process.poll() is None:
-        now = time.monotonic()
-        if requests:
-            ranks = _rank_processes(process.pid)
-            for rank in ranks - told:
-                _send(rank, signal.SIGTERM)
-            if not ranks:  # none yet, or none any more: nothing to save
-                _send_group(process.pid, signal.SIGTERM)
-            told |= ranks
-            deadline = min(deadline, now + grace)
-        if note.exists():
-            deadline = min(deadline, now + GRACE_AFTER_FAILURE)
-        if now > deadline or len(requests) > 1:
-            _send_group(process.pid, signal.SIGKILL)
-        time.sleep(POLL)
+class _Vigil:
+    """Waits for the ranks to end: hands signals on, loses patience, finds out why they fail."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        requests: Sequence[float],
+        note: Path,
+        watch: Watch,
+        grace: float,
+        status: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self.process, self.requests, self.note, self.watch, self.grace = process, requests, note, watch, grace
+        self.status = status  # what the run has written so far
+        self.ranks = RankProcesses(process.pid, watch.ranks)
+        self.hang: Hang | None = None
+        self._note_at = float("inf")
+        self._launcher_died = False
+
+    def wait(self) -> None:
+        told: set[psutil.Process] = set()
+        deadline = float("inf")
+        board = FileBoard(self.note.parent)
+        while self.process.poll() is None:
+            now = time.monotonic()
+            self._look(now)
+            if self.requests:
+                ranks = rank_processes(self.process.pid)
+                for rank in ranks - told:
+                    send(rank, signal.SIGTERM)
+                if not ranks:  # none yet, or none any more: nothing to save
+                    send_group(self.process.pid, signal.SIGTERM)
+                told |= ranks
+                deadline = min(deadline, now + self.grace)
+            if self._note_at <= now or any(map(self._failed, self.ranks.ended.values())):
+                deadline = min(deadline, now + GRACE_AFTER_FAILURE)
+            hang = self.watch.look(board.read(), now)
+            self.hang = hang if deadline == float("inf") else None
+            if now > deadline or len(self.requests) > 1 or self.hang:
+                break
+            time.sleep(POLL)
+        self._look(time.monotonic())
+        self.watch.look(board.read(), time.monotonic())
+        self._launcher_died = self.process.poll() is not None and self.ranks.all_alive and not self.requests
+
+    def stacks(self, run_dir: Path) -> str:
+        """Where the Python stacks of ranks that hang or crashed are kept, as the end of a line."""
+        if self.hang:
+            return collect_stacks(list(self.watch.seen.values()), run_dir)
+        crashed = [rank for rank, end in self.ranks.ended.items() if end.status is None or end.status < 0]
+        return keep_stacks({rank: self.note.with_name(f"stacks-{rank}.txt") for rank in crashed}, run_dir)
+
+    def failure(self) -> Failure | None:
+        """What ended the run; the first cause, not what the other ranks made of it. None where no rank failed."""
+        if self.hang:
+            return Failure(self.hang.rank or 0, self.hang.line)
+        note, code = read_note(self.note), self.process.returncode
+        end = self._first_end(note)
+        if end is None and note is None and self._launcher_died:
+            return Failure(0, f"DeepSpeed's launcher ended while its ranks were at work (exit code {code})")
+        if end is None:
+            return note
+        if end.status is None and code:  # DeepSpeed's launcher ends as the rank did, modulo 256
+            end = replace(end, status=code if code < 192 else code - 256)
+        # A rank that was killed leaves others with all kinds of errors, and they are quick to tell.
+        before = end.seen_at < self._note_at or (end.seen_at == self._note_at and end.status == -signal.SIGKILL)
+        if note is None or note.lost_peer or before:
+            return Failure(end.rank, end.describe(self.watch.where(end.rank)))
+        return note
+
+    def _look(self, now: float) -> None:
+        self.ranks.look(now)
+        if self._note_at == float("inf") and self.note.exists():
+            self._note_at = now
+
+    def _failed(self, end: End) -> bool:
+        """A rank that ended before anyone looked has failed, unless nothing was left to it but to end."""
+        return self.status().get("state") != "finished" if end.status is None else end.status != 0
+
+    def _first_end(self, note: Failure | None) -> End | None:
+        """The first rank that ended without an error of its own; of one look, a kill comes before a crash."""
+        lost = note is not None and note.lost_peer
+        ends = [
+            end
+            for end in self.ranks.ended.values()
+            if not left_a_note(self.note, end.rank) and (lost or self._failed(end))
+        ]
+        return min(
+            ends, key=lambda end: (end.seen_at, end.status != -signal.SIGKILL, (end.status or 0) >= 0), default=None
+        )
 
 
 def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
     """End whatever of the session still runs, such as ranks whose launcher was killed."""
-    for rank in _rank_processes(process.pid):
-        _send(rank, signal.SIGTERM)
-    _, alive = psutil.wait_procs(_members(process.pid), timeout=grace)
+    for rank in rank_processes(process.pid):
+        send(rank, signal.SIGTERM)
+    _, alive = psutil.wait_procs(members(process.pid), timeout=grace)
     if alive:
-        _send_group(process.pid, signal.SIGKILL)
+        send_group(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _members(group: int) -> list[psutil.Process]:
-    """Living processes of a process group; orphans, which a process tree no longer shows, included."""
-
-    def belongs(process: psutil.Process) -> bool:
-        try:
-            return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
-        except (ProcessLookupError, psutil.Error):
-            return False
-
-    return [process for process in psutil.process_iter() if belongs(process)]
-
-
-def _rank_processes(group: int) -> set[psutil.Process]:
-    """The ranks: what DeepSpeed started with ``--local_rank``. What they forked in turn looks alike and is left out."""
-
-    def look(process: psutil.Process) -> tuple[bool, int]:
-        try:
-            return any(word.startswith("--local_rank=") for word in process.cmdline()), process.ppid()
-        except psutil.Error:
-            return False, 0
-
-    parents = {process: parent for process in _members(group) for alike, parent in [look(process)] if alike}
-    pids = {process.pid for process in parents}
-    return {process for process, parent in parents.items() if parent not in pids}
-
-
-def _send(process: psutil.Process, number: signal.Signals) -> None:
-    with suppress(psutil.Error):
-        process.send_signal(number)
-
-
-def _send_group(group: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, number)
 
 
 def _status_text(run_dir: Path) -> str:
     try:
-        return (run_dir / "status.json").read_text("utf-8")
+        return (run_dir / STATUS).read_text("utf-8")
     except OSError:
         return ""
 
 
+def _status_since(before: str, run_dir: Path) -> dict[str, Any]:
+    """What this run has written, {} as long as it has written nothing."""
+    return read_status(run_dir) if _status_text(run_dir) != before else {}
+
+
 def _verdict(
     status: Mapping[str, Any], failure: Failure | None, run_dir: Path, *, stopped: bool, returncode: int
-) -> int:
-    """Print how the run ended and choose the exit code. ``status``: what this run wrote, {} when it wrote none."""
-    state = status.get("state")
-    resume = f"; continue with: crossmask train --resume {shlex.quote(os.path.relpath(run_dir))}"
-    if not (run_dir / "checkpoints" / "latest").is_file():
-        resume = "; there is no checkpoint yet"
+) -> tuple[int, str]:
+    """Print how the run ended and choose the exit code; the second value is the reason of a run that failed.
+
+    ``status``: what this run wrote, {} when it wrote none.
+    """
+    state, resume = status.get("state"), resume_hint(run_dir)
     if state == "finished":
-        return 0
+        if failure is None or (stopped and failure.code == EXIT_FAILED):
+            return 0, ""
+        where = shlex.quote(os.path.relpath(run_dir))
+        print_failure(failure, f"; the model is trained and evaluated, draw its report with: crossmask report {where}")
+        return failure.code, ""
     if state == "stopped":
-        print_error(f"stopped at step {status.get('step', '?')}{resume}", style="yellow")
-        return EXIT_STOPPED
+        why = "" if stopped or not status.get("reason") else f" ({status['reason']})"
+        print_error(f"stopped at step {status.get('step', '?')}{why}{resume}", style="yellow")
+        return EXIT_STOPPED, ""
     # Ranks that crash while the run is being stopped most likely miss one that has left already.
-    if failure is not None and not (stopped and failure.traceback):
-        print_failure(failure)
-        return EXIT_FAILED if failure.traceback else EXIT_USER_ERROR
+    if failure is not None and not (stopped and failure.code == EXIT_FAILED):
+        begun = bool(status) and failure.resumable
+        print_failure(failure, resume if begun or failure.code != EXIT_USER_ERROR else "")
+        return failure.code, failure.line
     if stopped:
-        print_error(f"stopped before the run could save{resume}", style="yellow")
-        return EXIT_STOPPED
+        line = "stopped before the run could save"
+        print_error(f"{line}{resume}", style="yellow")
+        return EXIT_STOPPED, line
     reason = status.get("reason") if state == "failed" else None
-    print_error(f"the run failed: {reason or f'a rank ended unexpectedly, with exit code {returncode}'}{resume}")
-    return EXIT_FAILED
+    line = reason or f"a rank ended unexpectedly, with exit code {returncode}"
+    print_error(f"the run failed: {line}{resume}")
+    return EXIT_FAILED, str(line)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
+import math
+import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from crossmask.kernels import native
 
+from ..atomic import replace_file, writing_to
+from ..beats import beat
 from ..data import load_data
 from ..data.batch import Batch
 from ..errors import CheckpointError, RecipeError
 from ..evaluation import build_report, describe_machine, evaluate, print_summary, write_gallery
-from ..failures import EXIT_STOPPED
+from ..exported import describe_export, save_exported
+from ..failures import EXIT_STOPPED, describe_failure
 from ..masking import MaskPlan, check_masking
 from ..objectives import Seen, Terms
 from ..recipe import Recipe
@@ -32,7 +35,9 @@ from .display import TrainingDisplay, quiet
 from .distributed import init_distributed
 from .metrics import MetricWriter
 from .pretrainer import Clock, Pretrainer
+from .run_lock import run_lock
 from .signals import StopRequest
+from .status import read_status, write_status
 
 
 def train(recipe: Recipe, run_dir: Path, resume: bool) -> int:
@@ -46,15 +51,19 @@ def train(recipe: Recipe, run_dir: Path, resume: bool) -> int:
     quiet()
     rank, world_size, device = init_distributed()
     check_masking(recipe)  # an unknown policy is said before the data is read
+    beat("reading the data")
     data = load_data(recipe)
+    beat("building the model")
     pretrainer = Pretrainer(recipe, data, rank, world_size, device)
     run = Run(recipe, run_dir, pretrainer, rank, world_size)
-    with StopRequest() as stop:
+    with run_lock(run_dir, "trained") if rank == 0 else nullcontext(), StopRequest() as stop:
         return run.go(stop, resume)
 
 
 # What a checkpoint holds besides weights, queue and random states; see Run._save.
 STATE_KEYS = {"data", "skipped_steps", "skipped_in_a_row", "temperature", "trained_s", "unlogged"}
+
+SLOW_SAVE_S = 2.0
 
 
 class _Stopped(Exception):
@@ -77,13 +86,16 @@ class Run:
     def go(self, stop: StopRequest, resume: bool) -> int:
         recipe, pretrainer, total = self.recipe, self.pretrainer, self.recipe.training.max_steps
         messages: list[str] = []
-        checkpoints = CheckpointManager(self.run_dir, recipe.training.keep_checkpoints, warn=messages.append)
+        checkpoints = CheckpointManager(self.run_dir, recipe.training.keep_checkpoints, messages.append, recipe)
         if resume:
+            beat("loading the checkpoint")
             self._restore(checkpoints.load(pretrainer.engine, pretrainer.teacher, pretrainer.queue))
+            if pretrainer.next_step >= total:
+                messages.append(f"all {total:,} steps are trained: only export, evaluation and report are made again")
         elif self.first:
             try:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
-                _write(self.run_dir / "recipe.yaml", dump_recipe(recipe))
+                replace_file(self.run_dir / "recipe.yaml", dump_recipe(recipe))
                 pretrainer.data.tokenizer.save(self.run_dir / "tokenizer.json")
             except OSError as error:
                 raise RecipeError(
@@ -111,6 +123,8 @@ class Run:
             missing = native.status().missing(pretrainer.device.type)
             if missing:
                 messages.append(f"the teacher follows by plain PyTorch, which is slower: {missing}")
+            if resume and pretrainer.next_step >= total:
+                messages.append(f"trained to step {total:,} already: evaluating again, in place of the last evaluation")
             for message in messages:
                 self.display.message(message)
             self.started = time.perf_counter()
@@ -127,7 +141,7 @@ class Run:
                     self.display.status("drawing the report")
                     build_report(self.run_dir)
             except BaseException as error:
-                self._status("failed", f"{error}" or type(error).__name__)
+                self._status("failed", describe_failure(error, self.rank).line)
                 raise
         if self.first:
             if evaluation["splits"]:
@@ -146,6 +160,7 @@ class Run:
         while pretrainer.next_step < training.max_steps:
             terms, numbers = pretrainer.step()
             step = pretrainer.next_step
+            beat("logging", step)
             last = step == training.max_steps
             clock = Clock(pretrainer.seconds)
             self._count(terms)
@@ -184,8 +199,19 @@ class Run:
         }
         if self.recipe.masking.heads.kind == "importance":
             extra["head_importance"] = p.head_importance().tolist()
-        path = checkpoints.save(step, p.engine, p.teacher, p.queue, extra)
-        self.display.message(f"checkpoint {path.name} saved")
+        # silent where it is quick, said where a person would begin to wonder
+        slow = threading.Timer(SLOW_SAVE_S, self.display.status, [f"saving the checkpoint of step {step:,}"])
+        slow.daemon = True
+        slow.start()
+        started = time.perf_counter()
+        beat("saving the checkpoint", step)
+        try:
+            path = checkpoints.save(step, p.engine, p.teacher, p.queue, extra)
+        finally:
+            slow.cancel()
+            self.display.status(None)
+        seconds = time.perf_counter() - started
+        self.display.message(f"checkpoint {path.name} saved{f' in {seconds:.0f} s' if seconds > SLOW_SAVE_S else ''}")
 
     def _restore(self, state: CheckpointState) -> None:
         p, extra = self.pretrainer, state.extra
@@ -204,7 +230,7 @@ class Run:
         self.trained_s, self.temperature = float(extra["trained_s"]), float(extra["temperature"])
         if "head_importance" in extra:
             p.restore_head_importance(torch.tensor(extra["head_importance"]))
-        for name, (value, count) in extra["unlogged"][self.rank].items():
+        for name, (value, count) in _share_of(extra["unlogged"], self.rank, self.world_size).items():
             self.sums[name] = torch.tensor(value, dtype=torch.float64)
             self.counts[name] = int(count)
 
@@ -231,6 +257,7 @@ class Run:
     def _probe(self) -> None:
         if not self.pretrainer.data.splits:
             return
+        beat("evaluation")
         with self.pretrainer.teacher.weights() as teacher:
             if self.writer is not None:
                 self.display.status("looking at held-out data")
@@ -254,12 +281,11 @@ class Run:
     def _finish(self, stop: StopRequest) -> dict[str, Any] | None:
         """Export, final evaluation, masked pairs. Collective; None on every rank when asked to stop meanwhile."""
         p = self.pretrainer
+        beat("final evaluation")
         tensors = p.teacher.state_dict()
         if self.first:
-            folder = self.run_dir / "export"
-            folder.mkdir(exist_ok=True)
-            save_file(tensors, folder / "teacher.safetensors.part")
-            os.replace(folder / "teacher.safetensors.part", folder / "teacher.safetensors")
+            config = describe_export(self.recipe, "teacher", tensors, p.next_step)
+            save_exported(self.run_dir / "export", tensors, config, p.data.tokenizer, force=True)
         result: dict[str, Any] | None = {"splits": {}}
         with p.teacher.weights() as teacher:
             if self.first:
@@ -285,7 +311,8 @@ class Run:
         measured |= {"machine": describe_machine(self.world_size), "steps": p.next_step, "minutes": minutes}
         if p.device.type == "cpu":  # elsewhere the host's clock does not see where the device spends its time
             measured["seconds_by_part"] = {part: round(seconds, 3) for part, seconds in p.seconds.items()}
-        _write(self.run_dir / "evaluation.json", json.dumps(measured, indent=1))
+        with writing_to(self.run_dir):
+            replace_file(self.run_dir / "evaluation.json", json.dumps(measured, indent=1))
         if p.data.splits:
             progress("drawing masked pairs")
             write_gallery(self.run_dir, teacher, p.data, self._look, self.recipe, p.device)
@@ -295,17 +322,20 @@ class Run:
         return self.trained_s + time.perf_counter() - self.started
 
     def _status(self, state: str, reason: str = "") -> None:
-        if self.first:
-            step = self.pretrainer.next_step
-            status = {"state": state, "step": step, "reason": reason, "written_at": time.time()}
-            _write(self.run_dir / "status.json", json.dumps(status))
+        """Rank 0's word; of a failure the first rank's to meet one, as rank 0 may be waiting for it in vain."""
+        failed = state == "failed"
+        if self.first if not failed else read_status(self.run_dir).get("state") == "running":
+            # A full disk must not hide what went wrong before.
+            with suppress(OSError) if failed else writing_to(self.run_dir):
+                write_status(self.run_dir, state, self.pretrainer.next_step, reason)
 
 
-def _write(path: Path, text: str) -> None:
-    """The whole text or none of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)
+def _share_of(unlogged: list[dict[str, tuple[float, int]]], rank: int, ranks: int) -> dict[str, tuple[float, int]]:
+    """What this rank had summed; where another number of ranks saved it, their mean: the record stays the same."""
+    if len(unlogged) == ranks:
+        return unlogged[rank]
+    means = {name: math.fsum(one[name][0] for one in unlogged) / len(unlogged) for name in unlogged[0]}
+    return {name: (mean, unlogged[0][name][1]) for name, mean in means.items()}  # counts are the same on every rank
 
 
 def _memory_mb(device: torch.device) -> float:

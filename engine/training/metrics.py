@@ -6,10 +6,12 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from ..atomic import replace_file, writing_to
 from ..errors import CheckpointError
 from ..evaluation.run_folder import METRICS_FILE, read_metrics
 
@@ -38,11 +40,15 @@ class MetricWriter:
             TensorBoard is told to forget them. ``None`` starts a new run.
 
     Raises:
-        CheckpointError: a new run in a folder that already has metrics.
+        CheckpointError: a new run in a folder that already has metrics, or one that cannot be written, now or later.
     """
 
     def __init__(self, run_dir: Path | str, resume_step: int | None = None) -> None:
         self.path = Path(run_dir) / METRICS_FILE
+        with writing_to(self.path.parent):
+            self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
             self._drop_after(resume_step)
@@ -67,35 +73,31 @@ class MetricWriter:
 
     def write(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
         record = {"kind": kind, "step": int(step), **{name: _plain(value) for name, value in fields.items()}}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if name in ("kind", "step", "epoch", "time_s") or not isinstance(value, (int, float)):
-                continue
-            group = "probe" if kind == "probe" else _GROUP_OF.get(name, "other")
-            self._board.add_scalar(f"{group}/{'total' if name == 'loss' else name}", value, int(step))
+        with writing_to(self.path.parent):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+            for name, value in record.items():
+                if name in ("kind", "step", "epoch", "time_s") or not isinstance(value, (int, float)):
+                    continue
+                group = "probe" if kind == "probe" else _GROUP_OF.get(name, "other")
+                self._board.add_scalar(f"{group}/{'total' if name == 'loss' else name}", value, int(step))
 
     def close(self) -> None:
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._board.close()
+            with writing_to(self.path.parent), closing(self._board), self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        with suppress(CheckpointError) if error else nullcontext():  # a full disk must not hide what went wrong before
+            self.close()
 
     def _drop_after(self, step: int) -> None:
         kept = [r for r in read_metrics(self.path.parent) if int(r.get("step", 0)) <= step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        replace_file(self.path, "".join(json.dumps(record) + "\n" for record in kept), durable=True)
 
 
 def _plain(value: Any) -> Any:

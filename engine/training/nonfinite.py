@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteLossError
 from ..teacher.gather import world_size
-from ..teacher.zero import discard_gradients
+from ..teacher.zero import discard_gradients, loss_scale_can_fall
 from .agreement import any_rank
 
 
@@ -19,9 +19,11 @@ class NonFiniteGuard:
     """Decides before each backward, for all ranks together, whether the loss may be used.
 
     >>> if not guard.accept(loss, batch.index, engine):
-    ...     return              # no backward, no engine.step, no teacher update, nothing into the queue
+    ...     return              # no backward, no engine.step, no teacher update, nothing more into the queue
     >>> engine.backward(loss); engine.step()
-    >>> guard.stepped(engine.was_step_applied(), batch.index)       # at the last micro-batch of a step
+    >>> guard.stepped(engine.was_step_applied(), batch.index, engine)       # at the last micro-batch of a step
+
+    What the teacher saw in a step's earlier micro-batches is in the queue by then, and stays: it gave finite losses.
     """
 
     def __init__(self, max_in_a_row: int, name_of: Callable[[int], str] | None = None) -> None:
@@ -44,12 +46,15 @@ class NonFiniteGuard:
         self._left_out(f"loss was not finite ({float(loss.detach())})", bool(bad), index)
         return False
 
-    def stepped(self, applied: bool, index: Tensor) -> None:
-        """After a step's last ``engine.step()``. Collective where it was not applied: DeepSpeed leaves out a step whose
-        gradients overflowed although the loss was finite, the same on every rank."""
+    def stepped(self, applied: bool, index: Tensor, engine: Any | None = None) -> None:
+        """After a step's last ``engine.step()``. Collective where it was not applied: a step whose gradients overflowed
+        although the loss was finite is left out, the same on every rank.
+
+        With ``engine`` given, not counted while fp16's loss scale can still fall: that is how it finds its level.
+        """
         if applied:
             self.in_a_row = 0
-        else:
+        elif engine is None or not loss_scale_can_fall(engine):
             self._left_out("gradient was not finite", True, index)
 
     def _left_out(self, what: str, mine: bool, index: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..beats import beat
 from ..data import PairData, StepSampler
 from ..data.batch import Batch
 from ..deepspeed_config import build_deepspeed_config
@@ -18,7 +19,7 @@ from ..models import PretrainingModel, VisionLanguageModel
 from ..models.fusion import FusionEncoder
 from ..objectives import Keys, RunMasks, TeacherView, Terms, look
 from ..recipe import Recipe
-from ..teacher import FeatureQueue, Teacher, gather_features
+from ..teacher import FeatureQueue, Teacher, gather_features, initialize_untouched, named_schedule
 from .nonfinite import NonFiniteGuard
 from .optimizer import build_optimizer, learning_rate
 from .step import Schedule, compute_losses, fusion_rows
@@ -46,8 +47,6 @@ class Pretrainer:
     """
 
     def __init__(self, recipe: Recipe, data: PairData, rank: int, world_size: int, device: torch.device) -> None:
-        import deepspeed  # takes seconds; only a run needs it
-
         self.recipe, self.data, self.rank, self.device = recipe, data, rank, device
         training, model = recipe.training, recipe.model
         self.masks = RunMasks(recipe, data)
@@ -55,13 +54,16 @@ class Pretrainer:
         sizes = (data.tokenizer.vocabulary_size, data.max_tokens)
         network = self.masks.network()
         student = PretrainingModel(model, recipe.objectives, *sizes, masking=recipe.masking, mask_network=network)
-        mirror = VisionLanguageModel(model, *sizes, mask_network=self.masks.network())
-        self.engine: Any = deepspeed.initialize(
-            model=student,
-            optimizer=build_optimizer(student, recipe.optimizer),
-            config=build_deepspeed_config(recipe, world_size, device.type),
-        )[0]
-        self.teacher = Teacher(self.engine, mirror, recipe.teacher.momentum, recipe.teacher.warmup)
+        optimizer = build_optimizer(student, recipe.optimizer)
+        self.engine: Any = initialize_untouched(
+            student, optimizer, build_deepspeed_config(recipe, world_size, device.type)
+        )
+        self.teacher = Teacher(
+            self.engine,
+            lambda: VisionLanguageModel(model, *sizes, mask_network=self.masks.network()),
+            named_schedule(recipe.teacher.schedule, recipe.teacher.momentum, training.max_steps),
+            buffers=recipe.teacher.buffers,
+        )
         self.queue = FeatureQueue(recipe.objectives.itc.queue_length, model.projection_width, device)
         self.sampler = StepSampler(
             data.train_size, training.batch_size, world_size, recipe.seed, training.accumulation_steps
@@ -86,6 +88,7 @@ class Pretrainer:
         totals: Terms = {}
         for micro, indices in enumerate(self.sampler.indices(step, self.rank).reshape(micro_batches, -1)):
             clock = Clock(self.seconds)
+            beat("data", step)
             batch = self.masks.add_priors(self.data.train_batch(indices, self.sampler.epoch(step))).to(self.device)
             clock.lap("data")
             terms = self._micro_step(batch, schedule, heads, clock, micro == micro_batches - 1)
@@ -108,6 +111,7 @@ class Pretrainer:
     ) -> Terms | None:
         recipe = self.recipe
         rows = fusion_rows(len(batch), recipe.objectives, schedule)
+        beat("teacher's forward")
         with self.teacher.weights() as teacher:
             view: TeacherView = teacher(lambda m: look(m, batch, self.masks, schedule.step, rows))
         fresh = [gather_features(x) for x in (view.image_feature, view.text_feature, batch.group_id)]
@@ -117,19 +121,22 @@ class Pretrainer:
             keys = Keys(*(torch.cat(pair) for pair in zip(fresh, queued, strict=True)))
         clock.lap("teacher")
         planner = self.masks.planner
+        beat("student's forward")
         loss, terms = self.engine(lambda m: compute_losses(m, batch, view, keys, recipe, schedule, planner, heads))
         clock.lap("student")
         if not self.guard.accept(loss, batch.index, self.engine):
             return None
+        beat("backward")
         self.engine.backward(loss)
         clock.lap("backward")
+        beat("optimizer")
         self.engine.step()
         clock.lap("optimizer")
         applied = self.teacher.follow()
         self.queue.enqueue(*fresh)
         clock.lap("ema")
         if last:
-            self.guard.stepped(applied, batch.index)
+            self.guard.stepped(applied, batch.index, self.engine)
         return terms | _mask_measures(view, batch)
 
     def _head_mask(self, schedule: Schedule) -> Tensor | None:

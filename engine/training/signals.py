@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from types import FrameType
 
 from .agreement import any_rank
+from .rank_processes import LAUNCHER_PID, exit_status, process_descriptor
 
-LAUNCHER_PID_VARIABLE = "CROSSMASK_LAUNCHER_PID"
 # One Ctrl-C arrives several times: from the terminal, and passed on by each launcher in between.
 SAME_REQUEST_S = 2.0
 
@@ -41,7 +41,7 @@ class StopRequest:
         self._handlers: dict[int, object] = {}
         self._closed = threading.Event()
         if watch is None:
-            launcher = os.environ.get(LAUNCHER_PID_VARIABLE, "")
+            launcher = os.environ.get(LAUNCHER_PID, "")
             watch = [os.getppid(), *([int(launcher)] if launcher.isdigit() else [])]
         self._watch = [pid for pid in dict.fromkeys(watch) if pid > 1]  # init never dies before us
 
@@ -81,21 +81,21 @@ class StopRequest:
         parent = os.getppid()
         with ExitStack() as descriptors:
             poll = select.poll()
-            watched = [_process_descriptor(pid) for pid in self._watch]
-            for descriptor in watched:
-                if descriptor is not None:
+            gone, looked_up = False, []
+            for pid in self._watch:
+                try:
+                    descriptor = process_descriptor(pid)
+                except OSError:  # unless processes of other users are hidden from us
+                    looked_up += [] if exit_status(pid)[0] else [pid]
+                    continue
+                if descriptor is None:
+                    gone = True
+                else:
                     descriptors.callback(os.close, descriptor)
                     poll.register(descriptor, select.POLLIN)
             while not self._closed.is_set():
-                if None in watched or poll.poll(500) or os.getppid() != parent:
+                looked_for_in_vain = any(exit_status(pid)[0] for pid in looked_up)
+                if gone or looked_for_in_vain or poll.poll(500) or os.getppid() != parent:
                     if self.reason is None:
                         self.reason, self._first = "the launcher ended", time.monotonic()
                     return
-
-
-def _process_descriptor(pid: int) -> int | None:
-    """A descriptor that becomes readable when the process ends, zombie or not; None where it has ended already."""
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None

@@ -71,7 +71,7 @@ def main() -> None:
     run, output, plan = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     rank, _ = ranks.join()
     engine = build(plan["stage"], plan["dtype"], seed=1 if plan.get("resume") else 0)
-    teacher, queue = Teacher(engine, Body(), 0.9), FeatureQueue(13, 2)
+    teacher, queue = Teacher(engine, Body, 0.9), FeatureQueue(13, 2)
     warnings: list[str] = []
     manager = CheckpointManager(run, plan.get("keep", 2), warnings.append)
     result: dict[str, Any] = {"losses": [], "draws": [], "warnings": warnings, "error": None}

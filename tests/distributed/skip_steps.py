@@ -30,12 +30,16 @@ def weights(engine: Any, teacher: Teacher) -> dict[str, str]:
     }
 
 
-def train(stage: int, dtype: str, accumulation: int, bad: dict[int, int], steps: list[int]) -> dict[str, Any]:
-    """``bad``: step -> its micro-batch that is NaN on rank 1 only."""
+def train(
+    stage: int, dtype: str, accumulation: int, variant: str, bad: dict[int, int], steps: list[int]
+) -> dict[str, Any]:
+    """``bad``: step -> its micro-batch that is NaN on rank 1 only. ``variant``: "", "offload" or "fp32 sums"."""
     rank = torch.distributed.get_rank()
-    engine = build(stage, dtype, accumulation)
+    zero = {"offload_optimizer": {"device": "cpu"}} if variant == "offload" else {}
+    config = {"data_types": {"grad_accum_dtype": "fp32"}} if variant == "fp32 sums" else {}
+    engine = build(stage, dtype, accumulation, zero, config=config)
     engine.module.model.dropout.p = 0.0  # so that a skipped forward leaves the generator alone
-    teacher, guard = Teacher(engine, Body(), 0.9), NonFiniteGuard(3)
+    teacher, guard = Teacher(engine, Body, 0.9), NonFiniteGuard(3)
     for step in steps:
         for micro in range(accumulation):
             nan = bad.get(step) == micro and rank == 1
@@ -57,12 +61,9 @@ def train(stage: int, dtype: str, accumulation: int, bad: dict[int, int], steps:
 def main() -> None:
     rank, _ = ranks.join()
     results: dict[str, Any] = {}
-    for stage, dtype, accumulation in json.loads(sys.argv[2]):
-        bad = {1: accumulation - 1, 3: 0}
-        results[f"{stage} {dtype} {accumulation}"] = [
-            train(stage, dtype, accumulation, bad, [0, 1, 2, 3, 4]),
-            train(stage, dtype, accumulation, {}, [0, 2, 4]),
-        ]
+    for case in json.loads(sys.argv[2]):
+        bad = {1: case[2] - 1, 3: 0}
+        results[" ".join(map(str, case))] = [train(*case, bad, [0, 1, 2, 3, 4]), train(*case, {}, [0, 2, 4])]
     guard = NonFiniteGuard(2)
     accepted = [guard.accept(torch.tensor(x), torch.tensor([1])) for x in (float("inf"), 1.0)]
     guard.stepped(True, torch.tensor([1]))

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossmask.engine.teacher import initialize_untouched
+
 
 class Body(nn.Module):
-    """Odd sizes (padding), a tied decoder, a frozen layer, a buffer, a direct parameter."""
+    """Odd sizes (padding), a tied decoder, a frozen layer, buffers of several kinds, a direct parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,6 +27,7 @@ class Body(nn.Module):
         self.decoder.weight = self.embedding.weight
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(13))
+        self.register_buffer("peak", torch.zeros(13), persistent=False)
 
     def encode(self, ids: Tensor) -> Tensor:  # not called forward: hooks on forward would not see it
         x = self.embedding(ids) + self.position
@@ -35,6 +38,7 @@ class Body(nn.Module):
         if self.training:
             self.calls += 1
             self.mean.copy_(x.detach().mean((0, 1)))
+            self.peak = x.detach().float().amax((0, 1))  # another tensor each time
         return self.decoder(x)
 
 
@@ -54,30 +58,46 @@ class Student(nn.Module):
         return factor * (F.cross_entropy(logits, ids.flatten()) + extra)
 
 
-def build(stage: int, dtype: str, accumulation: int = 1, extra: dict[str, Any] | None = None, seed: int = 0) -> Any:
-    """An engine with two parameter groups, AdamW and clipping."""
-    import deepspeed
+def optimizer_of(student: nn.Module, lr: float = 1e-2) -> torch.optim.AdamW:
+    """AdamW with two parameter groups, one without weight decay; the head, which has no teacher, in their middle."""
+    trained = [p for p in student.parameters() if p.requires_grad]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]  # ds_shape: where zero.Init cut it up
+    matrices = [p for p in trained if not any(p is vector for vector in vectors)]
+    for group in (matrices, vectors):
+        group.insert(2, group.pop())
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=lr
+    )
 
+
+def build(
+    stage: int,
+    dtype: str,
+    accumulation: int = 1,
+    extra: dict[str, Any] | None = None,
+    seed: int = 0,
+    *,
+    config: dict[str, Any] | None = None,
+    dropout: float = 0.5,
+    lr: float = 1e-2,
+) -> Any:
+    """An engine with two parameter groups, AdamW and clipping; ``extra`` zero_optimization keys, ``config`` others."""
     torch.manual_seed(seed)
     student = Student()
-    zero: dict[str, Any] = {"stage": stage} | (extra or {})
-    zero |= {"reduce_bucket_size": 4096}  # the default takes 2 GB of buffers
+    student.model.dropout.p = dropout
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 4096}  # the default takes 2 GB of buffers
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 100  # some parameters stay gathered, some do not
-    config: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": accumulation,
-        "zero_optimization": zero,
+        "zero_optimization": zero | (extra or {}),
         "gradient_clipping": 1.0,
+        "zero_force_ds_cpu_optimizer": False,
     }
     if dtype == "bf16":
-        config["bf16"] = {"enabled": True}
-    matrices = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in student.parameters() if p.requires_grad and p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-2
-    )
-    return deepspeed.initialize(model=student, optimizer=optimizer, config=config)[0]
+        defaults["bf16"] = {"enabled": True}
+    return initialize_untouched(student, optimizer_of(student, lr), defaults | (config or {}))
 
 
 def ids_of(step: int, rank: int) -> Tensor:
