@@ -22,7 +22,7 @@ SCRIPTS = Path(__file__).parent / "distributed"
 
 
 def script(name: str, *arguments: object, timeout: float = 250) -> str:
-    """Runs a script of many ranks in a session of its own; what it printed."""
+    """Runs a script of many ranks in a process group of its own; what it printed."""
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / name), *map(str, arguments)],
         capture_output=True,

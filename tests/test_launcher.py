@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -217,3 +219,14 @@ def test_the_users_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert environment["DS_ACCELERATOR"] == "cpu"
     assert "CUDA_VISIBLE_DEVICES" not in environment, "the launcher hands devices out by number"
     assert environment[launcher.LAUNCHER_PID] == str(os.getpid())
+
+
+@pytest.mark.parametrize("status", [None, -9, -11, 3])
+def test_what_a_launcher_does_to_the_others_is_not_the_cause(tmp_path: Path, status: int | None) -> None:
+    """Rank 1 ended, perhaps before anyone could ask how, and the launcher ended rank 0 between two looks of ours."""
+    seen: Any = SimpleNamespace(pid=os.getpid(), returncode=(status or -9) % 256)
+    vigil = launcher._Vigil(seen, [], tmp_path / "note", Watch(2, 9.0), 1.0, dict)
+    vigil.ranks.ended = {0: End(0, -signal.SIGTERM, 5.0), 1: End(1, status, 5.0)}
+    failure = vigil.failure()
+    assert failure is not None
+    assert failure.rank == 1

@@ -20,14 +20,10 @@ def world_size(group: ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather_flat(shard: Tensor, group: ProcessGroup | None = None, out: Tensor | None = None) -> Tensor:
-    """The equal shards (S, ...) of all ranks behind one another, in rank order: (W * S, ...), same dtype.
-
-    ``out`` receives the result where given. Collective.
-    """
+def gather_flat(shard: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """The equal shards (S, ...) of all ranks one after another in rank order: (W * S, ...), same dtype; collective."""
     ranks = world_size(group)
-    if out is None:
-        out = shard.new_empty((ranks * shard.shape[0], *shard.shape[1:]))
+    out = shard.new_empty((ranks * shard.shape[0], *shard.shape[1:]))
     if ranks == 1:
         return out.copy_(shard)
     _gather_into(out, shard.contiguous(), group=group)

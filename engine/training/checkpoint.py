@@ -67,7 +67,7 @@ from .student_files import is_universal, load_student, more_than_data, read_unmo
 FOLDER, LATEST = "checkpoints", "latest"
 UNIVERSAL = "-universal"
 # Whatever DeepSpeed, torch and safetensors stumble over in files that are not what they expect.
-_UNREADABLE = (
+UNREADABLE = (
     *(OSError, RuntimeError, ValueError, KeyError, IndexError, AssertionError, TypeError, AttributeError),
     SafetensorError,
 )
@@ -211,7 +211,7 @@ class CheckpointManager:
             unmoved = read_unmoved(folder / STUDENT)
             if rank < state.world_size:
                 mine = load_file(folder / random_file(rank))
-        except _UNREADABLE as problem:
+        except UNREADABLE as problem:
             error = _unreadable(folder, problem)
         if (error := first_error(error)) is not None:
             raise CheckpointError(error)
@@ -223,7 +223,7 @@ class CheckpointManager:
                 restore_random_state(mine)
             else:
                 seed_random_state(self.recipe.seed if self.recipe else 0, rank, state.step)
-        except _UNREADABLE as problem:
+        except UNREADABLE as problem:
             where = f"rank {rank}: " if world_size() > 1 else ""
             raise CheckpointError(where + _unreadable(folder, problem)) from problem
         return state

@@ -1,7 +1,7 @@
 """Starting the ranks of a run on this machine, stopping them with time to save, and saying how it ended.
 
 The ranks are started by DeepSpeed's own launcher (``deepspeed.launcher.runner`` starts ``launch``, which starts the
-ranks). They live in a session of their own: a terminal's Ctrl-C reaches only this process, which hands it to each
+ranks). They live in a process group of their own: a terminal's Ctrl-C reaches only this process, which hands it to each
 rank once. DeepSpeed's launchers are left alone until the ranks have ended, because they answer a signal by ending the
 ranks one after the other. Ranks write to the terminal directly, so that a live display works.
 
@@ -285,20 +285,26 @@ class _Vigil:
         return self.status().get("state") != "finished" if end.status is None else end.status != 0
 
     def _first_end(self, note: Failure | None) -> End | None:
-        """The first rank that ended without an error of its own; of one look, a kill comes before a crash."""
+        """The first rank that ended without an error of its own.
+
+        Of one look, a kill comes before a crash, and SIGTERM last: launchers send it to the others when one has ended.
+        """
         lost = note is not None and note.lost_peer
         ends = [
             end
             for end in self.ranks.ended.values()
             if not left_a_note(self.note, end.rank) and (lost or self._failed(end))
         ]
-        return min(
-            ends, key=lambda end: (end.seen_at, end.status != -signal.SIGKILL, (end.status or 0) >= 0), default=None
-        )
+
+        def order(end: End) -> tuple[float, bool, bool, bool]:
+            last, first = end.status == -signal.SIGTERM, end.status == -signal.SIGKILL
+            return end.seen_at, last, not first, (end.status or 0) >= 0
+
+        return min(ends, key=order, default=None)
 
 
 def _end_group(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End whatever of the session still runs, such as ranks whose launcher was killed."""
+    """End whatever of the group still runs, such as ranks whose launcher was killed."""
     for rank in rank_processes(process.pid):
         send(rank, signal.SIGTERM)
     _, alive = psutil.wait_procs(members(process.pid), timeout=grace)

@@ -90,8 +90,6 @@ class Run:
         if resume:
             beat("loading the checkpoint")
             self._restore(checkpoints.load(pretrainer.engine, pretrainer.teacher, pretrainer.queue))
-            if pretrainer.next_step >= total:
-                messages.append(f"all {total:,} steps are trained: only export, evaluation and report are made again")
         elif self.first:
             try:
                 self.run_dir.mkdir(parents=True, exist_ok=True)

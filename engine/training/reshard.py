@@ -12,11 +12,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from ..errors import CheckpointError
 from ..recipe_files import check_run_dir
-from .checkpoint import LATEST, UNIVERSAL, CheckpointManager
+from .checkpoint import LATEST, UNIVERSAL, UNREADABLE, CheckpointManager
 from .manifest import (
     PARTIAL,
     STUDENT,
@@ -77,10 +75,7 @@ def _reshard(manager: CheckpointManager, tell: Callable[[str], None]) -> Path:
         seal(partial, final, kept)
         begun = final
         replace_text(manager.folder / LATEST, final.name)
-    except (
-        *(OSError, RuntimeError, ValueError, KeyError, IndexError, AssertionError, TypeError, AttributeError),
-        *(SafetensorError, CheckpointError),
-    ) as error:
+    except (*UNREADABLE, CheckpointError) as error:
         reason = one_line(error)
         if isinstance(error, RuntimeError) and not system_error(error) and _free(source) < FULL:
             reason = f"No space left on device ({reason})"  # torch's own writer does not say

@@ -197,7 +197,7 @@ def _quiet_import() -> None:
 
 @contextmanager
 def _mended_groups(optimizer: Any) -> Iterator[None]:
-    """Stages 1 and 2: loads each group's part by DeepSpeed's own helpers, whether or not this rank holds any of it."""
+    """Stages 1, 2: loads each group's part by DeepSpeed's own functions, whether this rank holds any of it or not."""
     from deepspeed.utils.tensor_fragment import map_to_flat_opt_states
 
     name = "load_hp_checkpoint_state_from_checkpoint_dir"

@@ -25,7 +25,7 @@ NAMED = 4  # ranks a message lists
 
 
 def interval(ranks: int) -> float:
-    """Seconds between two looks of a rank at the board, or of the launcher at its files."""
+    """Seconds between two looks of a rank at the board."""
     return max(INTERVAL, ranks / RANKS_PER_SECOND)
 
 

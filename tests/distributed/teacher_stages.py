@@ -58,7 +58,7 @@ def whole_masters(engine: Any, round_robin: bool) -> dict[str, Tensor]:
         return {name: found[id(p)] for name, p in engine.module.named_parameters() if p.requires_grad}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            # DeepSpeed 0.19's own helper mixes parameters up under round_robin_gradients; in fp32 it is not needed
+            # DeepSpeed 0.19's own function mixes parameters up under round_robin_gradients; in fp32 it is not needed
             master = None if round_robin else safe_get_full_fp32_param(parameter)
             found[name] = (parameter.detach() if master is None else master).float().clone()
     return found
