@@ -34,6 +34,15 @@ def replace_file(path: Path, contents: str | bytes, durable: bool = False) -> No
         raise
 
 
+def flush(path: Path) -> None:
+    """Forces a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
     """Whatever cannot be written becomes one line for the user.

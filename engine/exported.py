@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .atomic import flush
 from .data import IMAGE_MEAN, IMAGE_STD, CaptionTokenizer
 from .data.pairs import on_white
 from .data.tokenizer import split_words
@@ -176,11 +177,11 @@ def save_exported(
         (partial / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
         (partial / CARD).write_text(_card(config, (partial / MODEL).stat().st_size), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            flush(path)
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(partial, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
@@ -332,14 +333,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype is torch.float16 and (cast.isinf() & tensor.cpu().isfinite()).any():
         raise CheckpointError(f"{name} has numbers that float16 cannot hold: export in bf16 or fp32")
     return cast
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _card(config: ExportConfig, size: int) -> str:

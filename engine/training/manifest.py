@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..atomic import flush
 from ..beats import beat
 
 MANIFEST, PARTIAL = "manifest.json", ".partial"
@@ -162,15 +163,6 @@ def replace_text(path: Path, text: str) -> None:
     write_text(temporary, text + "\n")
     os.replace(temporary, path)
     flush(path.parent)
-
-
-def flush(path: Path) -> None:
-    """Forces a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def one_line(error: BaseException) -> str:
