@@ -40,14 +40,16 @@ import os, signal, subprocess, sys, time
 environments = [dict(os.environ, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2") for r in range(2)]
 ranks = [subprocess.Popen([sys.executable, "-m", sys.argv[1], f"--local_rank={r}", *sys.argv[2:]], env=environments[r])
          for r in range(2)]
-while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+codes = [rank.poll() for rank in ranks]
+while None in codes and not any(codes):
     time.sleep(1)  # as rarely as DeepSpeed's
+    codes = [rank.poll() for rank in ranks]
 for rank in ranks:
     rank.terminate()
 time.sleep(1)
 for rank in ranks:
     rank.kill()
-sys.exit(next((rank.wait() for rank in ranks if rank.poll()), 0))
+sys.exit(next(filter(None, codes), 0))  # of the rank that failed, not of one that was then ended
 """
 OURS = """
 import sys
