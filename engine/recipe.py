@@ -45,9 +45,23 @@ class SceneSection(Section):
         return self
 
 
+class RandAugmentSection(Section):
+    """Randomly chosen changes of an image, one after the other (RandAugment, Cubuk et al. 2020); ALBEF takes 2 of 7."""
+
+    operations: int = Field(0, ge=0, le=10, description="changes of each image; 0 = none")
+    magnitude: float = Field(7.0, ge=0.0, le=10.0)
+
+
 class DataSection(Section):
     source: Literal["emoji", "pairs"] = "emoji"
-    path: Path | None = Field(None, description="pairs: a .jsonl or .csv file with the columns image and caption")
+    path: Path | None = Field(
+        None,
+        description="pairs: a .jsonl or .csv file with the columns image and caption, a .json file in Karpathy's or"
+        " ALBEF's layout, or a folder of images with a .txt caption beside each",
+    )
+    validation_path: Path | None = Field(
+        None, description="pairs: a file of the same kinds to evaluate on, instead of a share that is held out"
+    )
     image_root: Path | None = Field(
         None, description="pairs: image paths are relative to it; default: the file's folder"
     )
@@ -57,9 +71,18 @@ class DataSection(Section):
         1.0, ge=0.0, le=1.0, description="strength of placement, rotation and colour changes; 0 = none"
     )
     mirror: bool = Field(True, description="mirror drawings whose meaning survives it (no flags, letters, left/right)")
+    crop_area: float = Field(0.5, gt=0.0, le=1.0, description="pairs: smallest share of an image that a crop keeps")
+    rand_augment: RandAugmentSection = RandAugmentSection()
+    normalisation: Literal["half", "clip"] = Field(
+        "half", description="mean and deviation of pixels: 0.5 each, or the channels' that CLIP and ALBEF use"
+    )
     word_drop: float = Field(0.0, ge=0.0, lt=1.0, description="chance that a caption word is left out while training")
     max_words: int = Field(30, ge=1, le=512)
-    vocabulary_size: int = Field(4096, ge=64)
+    max_tokens: int | None = Field(
+        None, ge=3, le=512, description="tokens of the longest caption, [CLS] and [SEP] included; longer ones are cut"
+    )
+    vocabulary_size: int = Field(4096, ge=64, description="of the WordPiece vocabulary that is trained on the captions")
+    vocabulary: Path | None = Field(None, description="a vocab.txt to use instead, such as bert-base-uncased's")
 
     @model_validator(mode="after")
     def _pairs_need_a_file(self) -> DataSection:
@@ -76,6 +99,9 @@ class ImageTowerSection(Section):
     heads: int = Field(12, ge=1)
     mlp_ratio: float = Field(4.0, gt=0)
     stem: Literal["patch", "conv"] = "patch"
+    weights: Path | None = Field(
+        None, description="a ViT of this shape to start from (.safetensors or .pth with timm's or DeiT's names)"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> ImageTowerSection:
@@ -94,6 +120,13 @@ class TextTowerSection(Section):
     heads: int = Field(12, ge=1)
     mlp_ratio: float = Field(4.0, gt=0)
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    positions: int | None = Field(None, ge=3, description="rows of the position table; default: what the data need")
+    segments: int = Field(1, ge=1, description="token types; BERT's checkpoints have 2, of which the first is used")
+    weights: Path | None = Field(
+        None,
+        description="a folder of a transformers BERT of this width: its first layers start the text tower, the next"
+        " the fusion encoder (norm: post)",
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> TextTowerSection:
@@ -106,10 +139,19 @@ class FusionSection(Section):
     depth: int = Field(6, ge=1)
     heads: int = Field(12, ge=1)
     mlp_ratio: float = Field(4.0, gt=0)
-    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="of each part's output and of the attention weights")
     qk_norm: bool = Field(
         False, description="cosine attention with a learned scale: selective early, for training from scratch"
     )
+    norm: Literal["pre", "post"] = Field(
+        "pre", description="layer norm before each part, which trains from scratch, or behind it as in BERT and ALBEF"
+    )
+
+    @model_validator(mode="after")
+    def _bert_has_no_qk_norm(self) -> FusionSection:
+        if self.norm == "post" and self.qk_norm:
+            raise ValueError("qk_norm is not BERT's: set it to false, or norm to pre")
+        return self
 
 
 class ModelSection(Section):
@@ -118,6 +160,9 @@ class ModelSection(Section):
     fusion: FusionSection = FusionSection()
     projection_width: int = Field(256, ge=8)
     pool: Literal["cls", "mean"] = Field("cls", description="how a tower's tokens become one feature for ITC")
+    initial: Path | None = Field(
+        None, description="a folder of crossmask convert, crossmask export or a run: the weights to start from"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> ModelSection:
@@ -217,6 +262,9 @@ class ItcSection(Section):
     temperature: float = Field(0.07, ge=0.001, le=0.5, description="initial value; learned within [0.001, 0.5]")
     queue_length: int = Field(65536, ge=0)
     queue_start: float = Field(0.0, ge=0.0, le=1.0, description="share of the run before the queue is contrasted with")
+    queue_initial: Literal["empty", "random"] = Field(
+        "empty", description="random: full of random directions at the start, which count as negatives, as in ALBEF"
+    )
     distillation: float = Field(0.4, ge=0.0, le=1.0, description="weight of the teacher's soft targets (alpha)")
     patch_drop: float = Field(
         0.0, ge=0.0, lt=1.0, description="share of the student's patches left out at random before encoding (FLIP)"
@@ -233,6 +281,9 @@ class ItmSection(Section):
 class MlmSection(Section):
     weight: float = Field(1.0, ge=0.0)
     distillation: float = Field(0.4, ge=0.0, le=1.0)
+    teacher_reads: Literal["intact", "masked"] = Field(
+        "intact", description="caption that the teacher's soft labels come from: intact as in SyncMask, masked in ALBEF"
+    )
 
 
 class MimSection(Section):
@@ -257,6 +308,7 @@ class TeacherSection(Section):
         description="warmup: momentum min(m, (1+t)/(10+t)) at update t; cosine: from m at the start to 1 at the end",
     )
     buffers: Literal["copy", "average"] = Field("copy", description="running means and the like, at each update")
+    dropout: bool = Field(False, description="drop in the teacher too, as ALBEF's public code does")
 
     @model_validator(mode="before")
     @classmethod
@@ -275,6 +327,7 @@ class OptimizerSection(Section):
     weight_decay: float = Field(0.02, ge=0.0)
     temperature_lr_scale: float = Field(1.0, gt=0.0, description="factor on lr for the ITC temperature")
     warmup_steps: int = Field(1000, ge=0)
+    warmup_lr: float = Field(0.0, ge=0.0, description="learning rate that the warm-up rises from")
     gradient_clip: float = Field(0.0, ge=0.0, description="0 = no clipping")
 
 
@@ -297,8 +350,21 @@ class TrainingSection(Section):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
 
 
+class SampledSection(Section):
+    """Small galleries: each query against one right candidate and others of its category (SyncMask's protocol)."""
+
+    draws: int = Field(0, ge=0, description="independent draws, of which the mean is told; 0 = none")
+    queries: int = Field(1000, ge=1)
+    negatives: int = Field(100, ge=1, description="wrong candidates of the query's category, others where it has fewer")
+
+
 class EvaluationSection(Section):
     rerank: int = Field(16, ge=0, description="candidates re-ranked by ITM; 0 = none")
+    rerank_queries: int = Field(1000, ge=0, description="queries of each direction that are re-ranked; 0 = all")
+    rerank_score: Literal["sum", "itm"] = Field(
+        "sum", description="what orders them: feature similarity / temperature + ITM log-odds, or the log-odds alone"
+    )
+    sampled: SampledSection = SampledSection()
     mask_samples: int = Field(512, ge=1)
     gallery_pairs: int = Field(12, ge=1, description="held-out pairs drawn in the report's mask grid")
 

@@ -19,7 +19,16 @@ from .recipe_fields import describe, dotted_paths, section_at
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"  # in a checkout and in an installation alike
 # in a file: relative to it; in an override: to where you stand
-PATH_FIELDS = ("data.path", "data.image_root", "masking.prior")
+PATH_FIELDS = (
+    *("data.path", "data.validation_path", "data.image_root", "data.vocabulary", "masking.prior"),
+    *("model.initial", "model.image.weights", "model.text.weights"),
+)
+PATH_SUFFIXES = {
+    "masking.prior": (".npy",),
+    "data.vocabulary": (".txt",),
+    "model.image.weights": (".safetensors", ".pth"),
+    **dict.fromkeys(("model.initial", "model.text.weights", "data.image_root"), ("",)),
+}  # of what may stand there; "" = a folder
 PRIORS = ("contrast", "centre")  # values of masking.prior that are no path
 # What may change when a run is resumed without changing the losses that an uninterrupted run would have had.
 RESUMABLE_FIELDS = (
@@ -274,10 +283,15 @@ def _inline_deepspeed(values: dict[str, Any], source: str, folder: Path, origins
 
 
 def _absolute(values: dict[str, Any], name: str, folder: Path) -> None:
-    section, field = name.split(".")
-    inner = values.get(section)
-    if isinstance(inner, dict) and isinstance(inner.get(field), str) and inner[field] not in PRIORS:
-        values[section] = {**inner, field: os.path.abspath(folder / Path(inner[field]).expanduser())}
+    *sections, field = name.split(".")
+    for section in sections:
+        inner = values.get(section)
+        if not isinstance(inner, dict):
+            return
+        values[section] = values = dict(inner)
+    given = values.get(field)
+    if isinstance(given, str) and not (name == "masking.prior" and given in PRIORS):
+        values[field] = os.path.abspath(folder / Path(given).expanduser())
 
 
 def _absolute_options(values: dict[str, Any], folder: Path) -> None:
@@ -297,11 +311,12 @@ def _absolute_options(values: dict[str, Any], folder: Path) -> None:
 
 def _check(recipe: Recipe, source: str, origins: Mapping[str, str]) -> None:
     for name in PATH_FIELDS:
-        section, field = name.split(".")
-        path = getattr(getattr(recipe, section), field)
-        read = section == "masking" or recipe.data.source == "pairs"
+        path: Any = recipe
+        for part in name.split("."):
+            path = getattr(path, part)
+        read = not name.startswith("data.") or name == "data.vocabulary" or recipe.data.source == "pairs"
         if read and isinstance(path, Path) and not path.exists():
-            hint = _nearest_file(path, (".npy",) if section == "masking" else (".jsonl", ".csv"))
+            hint = _nearest_file(path, PATH_SUFFIXES.get(name, (".jsonl", ".csv", ".json")))
             raise RecipeError(f"{origins.get(name, source)}: {name}: no such file {path}; {hint}")
     if recipe.masking != type(recipe.masking)():  # the defaults are known; asking for others imports torch
         from .masking import check_masking
