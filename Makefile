@@ -47,6 +47,7 @@ bench: install
 prove: install
 	@$(BIN)/python benchmarks/prove_attention.py $(ARGS)
 	@$(BIN)/python benchmarks/prove_selection.py $(ARGS)
+	@$(BIN)/python benchmarks/prove_losses.py $(ARGS)
 
 # mypy knows the code by its installed name, so it is shown the wings under that name; the paths it prints are the real ones
 lint: install links

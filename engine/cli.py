@@ -110,6 +110,66 @@ def export(
     typer.echo(export_run(run, to, "teacher" if teacher else "student", step, dtype, force, typer.echo))
 
 
+convert = typer.Typer(help="Translate checkpoints of other code, and back.", no_args_is_help=True)
+app.add_typer(convert, name="convert")
+
+
+@convert.callback()
+def formats() -> None:  # so that the format's name stays part of the command while there is one
+    pass
+
+
+@convert.command()
+def albef(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="ALBEF's .pth, or a folder of ours, such as a run.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write, or the .pth.")],
+    vocabulary: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="The vocab.txt of its words; bert-base-uncased's for the published ones."),
+    ] = None,
+    image_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, metavar="PIXELS", help="Resize the position embeddings for images of this size."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion.")] = False,
+) -> None:
+    """Make a folder of an official ALBEF checkpoint, or a checkpoint of a folder, without loss."""
+    from .convert import convert_albef
+
+    typer.echo(convert_albef(source, target, vocabulary, image_size, force, typer.echo))
+
+
+@app.command(short_help="Measure a trained model's retrieval on a recipe's pairs.")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run folder, or a folder of crossmask export or crossmask convert.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe: its data and its evaluation section are used.")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Fields to change, such as data.path=PAIRS.json evaluation.rerank=256."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Also write all figures there, as JSON."),
+    ] = None,
+    teacher: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--teacher/--student", help="Which of the two, where there are both."),
+    ] = None,
+) -> None:
+    """Measure image–text retrieval: full galleries, re-ranked by ITM, and sampled ones.
+
+    The model brings its image size, normalisation and vocabulary; the recipe says on which pairs and how. Of a file
+    with splits val and test are evaluated, of any other all pairs.
+    """
+    from .training.display import quiet
+
+    quiet()  # before the libraries that it quiets are imported
+    from .model_evaluation import evaluate_model
+
+    chosen = None if teacher is None else "teacher" if teacher else "student"
+    evaluate_model(model, recipe, overrides or [], output, chosen)  # type: ignore[arg-type]
+
+
 @app.command()
 def doctor() -> int:
     """Say what this machine can run, and what is missing for the rest."""
@@ -159,20 +219,67 @@ def masks(
         typer.echo(line)
 
 
+@app.command(short_help="Train variants of a recipe over seeds, and write a table of what each reached.")
+def ablate(
+    ablation: Annotated[
+        str, typer.Argument(help="An ablation's file, or the name of a shipped one (see: crossmask recipes).")
+    ],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Fields to change in every variant, such as training.max_steps=20."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Folder of the runs and the table. Default: runs/ablation-NAME."),
+    ] = None,
+    seeds: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="0,1,2", help="Default: the ablation's."),
+    ] = None,
+    only: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME,…", help="Train these variants alone."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
+    table_only: Annotated[
+        bool, typer.Option("--table-only", help="Write the table of what is finished; train nothing.")
+    ] = False,
+) -> int:
+    """Train the variants of an ablation one after another; ablation.md, .csv and .png tell what each reached.
+
+    Ctrl-C stops; the same command goes on: finished runs are kept, a half-finished one is resumed.
+    """
+    from .ablation import ablate as run
+
+    def tell(line: str) -> None:
+        typer.echo(line)
+        sys.stdout.flush()  # the ranks write to the same place
+
+    return run(ablation, overrides or [], output, seeds, only, tell, dry_run=dry_run, table_only=table_only)
+
+
 @app.command()
 def recipes() -> None:
-    """List the recipes that come with the package."""
+    """List the recipes and the ablations that come with the package."""
     from rich.console import Console
     from rich.table import Table
 
-    from .recipe_files import load_recipe, shipped_recipes
+    from .ablation import load_ablation, shipped_ablations
+    from .recipe_files import SHIPPED, read_yaml, shipped_recipes
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("what it is")
-    for name in shipped_recipes():
-        table.add_row(name, load_recipe(name).note)
-    Console().print(table)
+    notes = {  # a recipe for the user's own data is none yet without them, but its note can be read
+        "recipe": [
+            (name, str(read_yaml(SHIPPED / f"{name}.yaml", name).get("note", ""))) for name in shipped_recipes()
+        ],
+        "ablation": [(name, load_ablation(name).title) for name in shipped_ablations()],
+    }
+    for kind, named in notes.items():
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(kind, no_wrap=True)
+        table.add_column("what it is")
+        for name, note in named:
+            table.add_row(name, note)
+        Console().print(table)
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def preview(recipe: str, overrides: Sequence[str], output: Path, pairs: int, ste
     batch = pick(described, data, pairs) if data.splits else masks.add_priors(pick(described, data, pairs))
     moment = described.training.max_steps if step is None else step
     plan = plan_for(described, model, masks, batch, moment)
-    picture = draw_masks(batch, plan, model.patch_grid, data.tokenizer)
+    picture = draw_masks(batch, plan, model.patch_grid, data.tokenizer, data.normalisation)
     part = output.with_name(f".{output.name}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,8 @@ def fresh_teacher(recipe: Recipe, data: PairData, masks: RunMasks) -> VisionLang
     """The teacher of a run that has not begun."""
     torch.manual_seed(recipe.seed)
     sizes = (data.tokenizer.vocabulary_size, data.max_tokens)
-    return VisionLanguageModel(recipe.model, *sizes, mask_network=masks.network())
+    specials = {"pad_id": data.tokenizer.pad_id, "mask_id": data.tokenizer.mask_id}
+    return VisionLanguageModel(recipe.model, *sizes, mask_network=masks.network(), **specials)
 
 
 def load_teacher(run: Path, recipe: Recipe, data: PairData, masks: RunMasks) -> VisionLanguageModel:

@@ -87,7 +87,9 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _pairs_need_a_file(self) -> DataSection:
         if self.source == "pairs" and self.path is None:
-            raise ValueError("path is missing: source 'pairs' reads a .jsonl or .csv file")
+            raise ValueError(
+                "path is missing: source 'pairs' reads a .jsonl, .csv or .json file, or a folder; give data.path=FILE"
+            )
         return self
 
 
@@ -361,8 +363,10 @@ class SampledSection(Section):
 class EvaluationSection(Section):
     rerank: int = Field(16, ge=0, description="candidates re-ranked by ITM; 0 = none")
     rerank_queries: int = Field(1000, ge=0, description="queries of each direction that are re-ranked; 0 = all")
-    rerank_score: Literal["sum", "itm"] = Field(
-        "sum", description="what orders them: feature similarity / temperature + ITM log-odds, or the log-odds alone"
+    rerank_score: Literal["sum", "itm", "match_logit"] = Field(
+        "sum",
+        description="what orders them: feature similarity / temperature + ITM log-odds, the log-odds alone, or ITM's"
+        " match logit alone as in ALBEF's evaluation",
     )
     sampled: SampledSection = SampledSection()
     mask_samples: int = Field(512, ge=1)

@@ -18,10 +18,11 @@ from .recipe import Recipe
 from .recipe_fields import describe, dotted_paths, section_at
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"  # in a checkout and in an installation alike
+WEIGHT_FIELDS = ("model.initial", "model.image.weights", "model.text.weights")
 # in a file: relative to it; in an override: to where you stand
 PATH_FIELDS = (
     *("data.path", "data.validation_path", "data.image_root", "data.vocabulary", "masking.prior"),
-    *("model.initial", "model.image.weights", "model.text.weights"),
+    *WEIGHT_FIELDS,
 )
 PATH_SUFFIXES = {
     "masking.prior": (".npy",),
@@ -61,12 +62,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, begun: bool = False) -> Recipe:
     """Read a recipe, apply overrides, check everything that can be checked without data or a device.
 
     Args:
         path: a YAML file, or the name of a shipped recipe (``syncmask-emoji``).
         overrides: ``section.field=value``, the value in YAML; a later one wins.
+        begun: of a run that has its first weights, so that those which it started from may be gone.
 
     Returns:
         The recipe. ``deepspeed`` is a mapping, inlined when the recipe names a JSON file, its keys checked;
@@ -77,7 +79,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     file = find_recipe(path)
     source = os.fspath(path)
-    values = _read_yaml(file, source)
+    values = read_yaml(file, source)
     origins: dict[str, str] = {}  # dotted path -> what set it, where that is not the recipe file
     _inline_deepspeed(values, source, file.parent, origins)
     for name in PATH_FIELDS:
@@ -96,7 +98,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(_one_line(error, source, origins)) from None
-    _check(recipe, source, origins)
+    _check(recipe, source, origins, begun)
     return recipe
 
 
@@ -115,7 +117,7 @@ def load_run_recipe(run_dir: Path, overrides: Sequence[str] = ()) -> Recipe:
                 f"override {override}: a resumed run keeps its recipe, or its losses would not be those of an "
                 f"uninterrupted run; only {', '.join(RESUMABLE_FIELDS)} may change"
             )
-    return load_recipe(file, overrides)
+    return load_recipe(file, overrides, begun=True)
 
 
 def check_run_dir(run_dir: Path) -> Path:
@@ -228,7 +230,10 @@ def origin_of(path: str, source: str, origins: Mapping[str, str]) -> str:
     return next((origin for name, origin in origins.items() if name.startswith(f"{path}.")), source)
 
 
-def _read_yaml(file: Path, source: str) -> dict[str, Any]:
+def read_yaml(
+    file: Path, source: str, what: str = "a recipe is a mapping of sections such as 'training:'"
+) -> dict[str, Any]:
+    """A YAML mapping, duplicate keys refused. ``source`` is who named the file, ``what`` ought to be in it."""
     try:
         values = yaml.load(file.read_text("utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
@@ -242,10 +247,7 @@ def _read_yaml(file: Path, source: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise RecipeError(
-            f"{source}: a recipe is a mapping of sections such as 'training:', not a {type(values).__name__}; "
-            "see crossmask recipes"
-        )
+        raise RecipeError(f"{source}: {what}, not a {type(values).__name__}; see crossmask recipes")
     return {name: {} if value is None and section_at(Recipe, str(name)) else value for name, value in values.items()}
 
 
@@ -309,8 +311,10 @@ def _absolute_options(values: dict[str, Any], folder: Path) -> None:
                     section[field][name] = os.path.abspath(folder / Path(value).expanduser())
 
 
-def _check(recipe: Recipe, source: str, origins: Mapping[str, str]) -> None:
+def _check(recipe: Recipe, source: str, origins: Mapping[str, str], begun: bool) -> None:
     for name in PATH_FIELDS:
+        if begun and name in WEIGHT_FIELDS:
+            continue
         path: Any = recipe
         for part in name.split("."):
             path = getattr(path, part)

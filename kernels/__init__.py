@@ -4,7 +4,7 @@ from .cross_attention import AttentionStatistics, CrossAttentionOutput, cross_at
 from .ema import ema_update_
 from .max_similarity import MaxSimilarity, max_similarity
 from .soft_contrastive import soft_contrastive
-from .soft_cross_entropy import soft_cross_entropy
+from .soft_cross_entropy import SoftCrossEntropy, soft_cross_entropy
 from .topk_mask import Selection, topk_mask
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "CrossAttentionOutput",
     "MaxSimilarity",
     "Selection",
+    "SoftCrossEntropy",
     "cross_attention",
     "ema_update_",
     "max_similarity",

@@ -176,6 +176,27 @@ def test_dropout_is_the_counter_based_generator_it_says() -> None:
         assert " ".join(f"{int(word):08x}" for word in drawn) == words
 
 
+def test_dropout_without_a_seed_is_pytorchs_own_on_a_cpu() -> None:
+    """Uniform weights and values that are the axes show what was kept; a seed, or statistics, take another way."""
+    q, k, v = torch.zeros(2, 2, 100, 8), torch.randn(2, 2, 8, 8), torch.eye(8).expand(2, 2, 8, 8)
+    mask = torch.arange(8) < torch.tensor([[8], [6]])
+    torch.manual_seed(0)
+    found = cross_attention(q, k, v, mask, dropout_p=0.25).output
+    torch.manual_seed(0)
+    assert torch.equal(cross_attention(q, k, v, mask, dropout_p=0.25, impl="eager").output, found)
+    kept = found != 0
+    assert not kept[1, :, :, 6:].any()
+    for row, keys in ((0, 8), (1, 6)):
+        share = found[row][kept[row]]
+        torch.testing.assert_close(share, torch.full_like(share, 1 / keys / 0.75))
+        assert 0.7 < kept[row, :, :, :keys].float().mean() < 0.8
+    seeded = cross_attention(q, k, v, mask, dropout_p=0.25, dropout_seed=3)
+    wanted = cross_attention(q, k, v, mask, dropout_p=0.25, dropout_seed=3, impl="blockwise")
+    assert torch.equal(seeded.output, wanted.output)
+    with pytest.raises(ValueError, match="'eager' has no seeded dropout"):
+        cross_attention(q, k, v, dropout_p=0.1, dropout_seed=3, impl="eager")
+
+
 def test_dropout_seed() -> None:
     q, k, v = inputs(S=30, P=77)
     first, again, other = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from crossmask.engine.data import Batch, StepSampler, denormalise, load_data
+from crossmask.engine.data import Batch, StepSampler, load_data
 from crossmask.engine.data.canvas import Placements, paint
 from crossmask.engine.data.emoji import SET, background, read_captions
 from crossmask.engine.data.emoji_pairs import _EVALUATION, EmojiPairs
@@ -276,7 +276,7 @@ def test_without_augmentation_a_single_is_the_plain_drawing(data: EmojiPairs) ->
     plain = data.plain_batch(data.train[:5], np.arange(5))
     assert torch.equal(batch.images, plain.images)
     assert torch.equal(batch.token_ids, plain.token_ids)
-    assert (denormalise(plain.images)[:, :, 0, 0] == 1).all()
+    assert (data.normalisation.undo(plain.images)[:, :, 0, 0] == 1).all()
     assert plain.things is not None
     assert set(plain.things.unique().tolist()) == {0, 1}
 

@@ -15,8 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from crossmask.engine.data import load_data, pairs
-from crossmask.engine.data.pairs import FilePairs, held_out, read_pairs
+from crossmask.engine.data import load_data
+from crossmask.engine.data.pair_files import read_pairs
+from crossmask.engine.data.pair_groups import held_out, linked, true_matches
+from crossmask.engine.data.pairs import FilePairs
 from crossmask.engine.errors import DataError, RecipeError, UserError
 from crossmask.engine.recipe import Recipe
 
@@ -135,7 +137,7 @@ def test_csv_and_group_column(tmp_path: Path) -> None:
         )
     data = load(path, validation_fraction=0.0)
     assert data._group.tolist() == [0, 0, 1, 1]
-    assert [p.line for p in data.pairs] == [3, 4, 5, 6]
+    assert [data.name_of(i) for i in range(4)] == [f"pairs.csv line {line}" for line in (3, 4, 5, 6)]
 
 
 def test_side_words_forbid_mirroring(tmp_path: Path) -> None:
@@ -176,18 +178,51 @@ def test_pairs_that_share_an_image_stay_together(tmp_path: Path) -> None:
         picture(tmp_path, f"{i}.png")
         rows += [{"image": f"{i}.png", "caption": f"view {i} number {k}"} for k in range(3)]
     listed = read_pairs(write(tmp_path, rows), None)
-    out = held_out(listed, [p.caption for p in listed], 0.3).reshape(30, 3)
+    group, names = true_matches(listed, listed.captions)
+    assert group.tolist() == np.repeat(np.arange(30), 3).tolist()
+    out = held_out(group, names, 0.3).reshape(30, 3)
     assert (out.all(1) | ~out.any(1)).all()
     assert 2 <= out.all(1).sum() <= 20
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
-def test_neither_side_is_empty_by_chance(fraction: float, tmp_path: Path) -> None:
-    picture(tmp_path)
-    listed = read_pairs(write(tmp_path, [{"image": "a.png", "caption": c} for c in ("one", "two", "three")]), None)
-    listed = [pairs.Pair(p.line, tmp_path / str(i), p.caption, None, None) for i, p in enumerate(listed)]
-    out = held_out(listed, [p.caption for p in listed], fraction)
+def test_neither_side_is_empty_by_chance(fraction: float) -> None:
+    out = held_out(np.arange(3), ["one", "two", "three"], fraction)
     assert out.sum() == (1 if fraction < 0.5 else 2)
+
+
+def test_pairs_match_that_share_an_image_or_a_key_or_are_linked() -> None:
+    image, key = np.array([0, 0, 1, 2, 3, 3, 4]), np.array([0, 1, 1, 2, 3, -1, 2])
+    assert linked(image, key).tolist() == [0, 0, 0, 1, 2, 2, 1]
+    assert linked(np.array([5, 3, 5]), np.array([-1, -1, -1])).tolist() == [0, 1, 0]
+
+
+def test_a_split_has_every_image_and_every_caption_once(tmp_path: Path) -> None:
+    for name in "abc":
+        picture(tmp_path, f"{name}.png")
+    rows = [
+        {"image": "a.png", "caption": "red shirt", "category": "shirts"},
+        {"image": "b.png", "caption": "Red shirt"},
+        {"image": "a.png", "caption": "crimson top"},
+        {"image": "c.png", "caption": "blue hat", "category": "hats"},
+        {"image": "a.png", "caption": "RED SHIRT"},
+    ]
+    train = write(tmp_path, [{"image": "c.png", "caption": "a hat"}], "train.jsonl")
+    data = load(train, validation_path=write(tmp_path, rows))
+    split = data.splits["validation"]
+    assert split.image_count == 3
+    assert split.image_group_id[0] == split.image_group_id[1] != split.image_group_id[2]
+    texts = [data.tokenizer.text(row) for part in split.gallery(2) for row in part.token_ids]
+    assert len(texts) == split.caption_count == 3  # two spellings of "red shirt" are one candidate
+    assert split.gallery_group_id.tolist() == [split.image_group_id[i] for i in (0, 0, 2)]
+    assert split.image_category is not None
+    assert split.gallery_category is not None
+    assert split.image_category.tolist() == [0, -1, 1]
+    assert split.gallery_category.tolist() == [0, -1, 1]
+    assert data.train_size == 1
+    assert data.notices() == [
+        "1 of the 3 images of split validation are trained on, too: their recalls do not speak of new images"
+    ]
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
@@ -215,13 +250,15 @@ GOOD = {"image": "a.png", "caption": "red shirt"}
         ([{"image": "a" * 5000, "caption": "x"}], ["line 1", "file name|no image"]),
         ([{"image": "../outside.png", "caption": "x"}], ["line 1", "lies outside", "image_root"]),
         ([{"image": "/etc/passwd", "caption": "x"}], ["line 1", "lies outside"]),
-        ([{"image": "link.png", "caption": "x"}], ["line 1", "lies outside"]),
+        ([{"image": "link/../../outside.png", "caption": "x"}], ["line 1", "lies outside"]),
+        ([{"image": "link.png/..", "caption": "x"}], ["line 1", "no image"]),
+        ([{"image": "zero.png", "caption": "x"}], ["line 1", "no image"]),
         ([GOOD, GOOD], ["line 2", "same image and caption as line 1"]),
         (
             [GOOD, {"image": "a.png", "caption": "of the!"}],
-            ["caption of line 2", "of the!", "no word that can be masked"],
+            ["line 2", "of the!", "no word that can be masked"],
         ),
-        ([{"image": "a.png", "caption": "?!…"}], ["caption of line 1", "no word that can be masked"]),
+        ([{"image": "a.png", "caption": "?!…"}], ["line 1", "no word that can be masked"]),
     ],
 )
 def test_bad_rows(rows: list[Any], parts: list[str], tmp_path: Path) -> None:
@@ -230,6 +267,7 @@ def test_bad_rows(rows: list[Any], parts: list[str], tmp_path: Path) -> None:
     picture(root)
     picture(tmp_path, "outside.png")
     (root / "link.png").symlink_to(tmp_path / "outside.png")
+    (root / "zero.png").symlink_to("/dev/zero")
     with one_line(DataError, *parts):
         load(write(root, rows))
 
@@ -256,7 +294,7 @@ def test_bad_files(tmp_path: Path) -> None:
         read_pairs(None, None)
     with one_line(DataError, "no.jsonl", "no such file"):
         load(tmp_path / "no.jsonl")
-    with one_line(DataError, "pairs.txt", "must end in .jsonl or .csv"):
+    with one_line(DataError, "pairs.txt", "must end in .jsonl, .csv or .json"):
         load(write(tmp_path, [], "pairs.txt"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"image": "a.png", "caption": "caf\xe9"}')
     with one_line(DataError, "latin.jsonl", "UTF-8"):

@@ -59,6 +59,10 @@ def test_plain_lines_come_every_ten_seconds_and_say_the_duration_first(clock: Cl
     assert "\x1b" not in stream.getvalue()
 
 
+def test_a_loss_of_nothing_has_no_sign() -> None:
+    assert [module._number(x) for x in (-0.0, -1e-6, 0, -0.5)] == ["0.000", "0.000", "0.000", "-0.500"]
+
+
 def test_a_terminal_gets_numbers_and_its_cursor_back_even_after_an_error() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=90, height=24, color_system=None, legacy_windows=False)

@@ -219,6 +219,15 @@ def test_what_cannot_be_loaded(folder: Path, spoil: Any, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_configs_of_before_there_were_other_vocabularies_and_pixels_are_read(folder: Path) -> None:
+    before = load_exported(folder)
+    change(folder, normalisation=..., pad_id=..., mask_id=..., max_words=..., albef=...)
+    model, tokenizer, config = load_exported(folder)
+    assert (config.normalisation, config.image_mean, config.mask_id, config.max_words) == ("half", 0.5, 4, None)
+    found, wanted = features(model, tokenizer, config), features(*before)
+    torch.testing.assert_close(found[:-1], wanted[:-1])  # the last caption is longer than the eight words of before
+
+
 def test_what_cannot_be_written(
     folder: Path, recipe: Recipe, tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crossmask.engine.data.batch import Batch
+from crossmask.engine.data.normalisation import HALF
 from crossmask.engine.evaluation.evaluate import evaluate, sample
 from crossmask.engine.evaluation.masks import (
     Shares,
@@ -146,7 +147,7 @@ def small_model(recipe: Recipe) -> VisionLanguageModel:
 
 
 def policy(recipe: Recipe) -> Any:
-    data = SimpleNamespace(tokenizer=SimpleNamespace(mask_id=4, vocabulary_size=64), train_size=16)
+    data = SimpleNamespace(tokenizer=SimpleNamespace(mask_id=4, vocabulary_size=64, word_ids=None), train_size=16)
     masks = RunMasks(recipe, data)  # type: ignore[arg-type]
 
     def look(model: VisionLanguageModel, batch: Batch) -> tuple[Seen, MaskPlan]:
@@ -181,6 +182,8 @@ def test_measures_of_a_source_without_truth_are_the_entropies() -> None:
 
 class ToyData:
     """Sixteen scenes as a split of their own; enough for everything to run."""
+
+    normalisation = HALF
 
     def __init__(self, scenes: bool = True) -> None:
         from test_retrieval import Split

@@ -17,6 +17,7 @@ from crossmask.engine.data.batch import Batch
 from crossmask.engine.masking import KEEP, MaskPlan
 from crossmask.engine.models import Encoded, VisionLanguageModel
 from crossmask.engine.objectives import (
+    MaskedWords,
     RunMasks,
     StudentView,
     TeacherView,
@@ -24,7 +25,7 @@ from crossmask.engine.objectives import (
     masked_image_modelling,
     masked_language_modelling,
 )
-from crossmask.engine.recipe import Recipe
+from crossmask.engine.recipe import MlmSection, Recipe
 
 
 def unit(n: int, width: int = 6) -> Tensor:
@@ -43,7 +44,7 @@ class Reader:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits  # (B, L, V)
-        self.word_bias = torch.zeros(logits.shape[-1])
+        self.word_decoder = (torch.eye(logits.shape[-1]), torch.zeros(logits.shape[-1]))
 
     def encode_text(self, ids: Tensor, token_mask: Tensor, **options: object) -> Encoded:
         self.ids, self.token_mask = ids, token_mask
@@ -51,11 +52,13 @@ class Reader:
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         return encoded(torch.zeros(len(ids), 2), torch.stack([rows, positions], -1))
 
-    def fuse(self, tokens: Tensor, mask: Tensor, image: list[tuple[Tensor, Tensor]], **more: object) -> SimpleNamespace:
-        self.images = image[0][0]
-        return SimpleNamespace(tokens=tokens)
+    def fuse(
+        self, tokens: Tensor, mask: Tensor, image: list[tuple[Tensor, Tensor]], *, rows: Tensor, **more: object
+    ) -> SimpleNamespace:
+        self.images, self.rows = image[0][0], rows
+        return SimpleNamespace(tokens=tokens.take_along_dim(rows[:, :, None], 1))
 
-    def word_logits(self, rows: Tensor) -> Tensor:
+    def word_hidden(self, rows: Tensor) -> Tensor:
         return self.logits[rows[:, 0], rows[:, 1]]
 
 
@@ -71,7 +74,9 @@ def read(
     chosen = logits.detach()[masked] if teacher is None else teacher
     replacement = torch.where(masked, 4, KEEP)
     plan = MaskPlan(torch.zeros(2, 4, dtype=torch.bool), masked, replacement=replacement)
-    view = TeacherView(unit(3), unit(3), plan=plan, word_logits=chosen)
+    decoder = {"word_weight": torch.eye(logits.shape[-1]), "word_bias": torch.zeros(logits.shape[-1])}
+    words = MaskedWords.of(masked)
+    view = TeacherView(unit(3), unit(3), plan=plan, words=words, word_hidden=chosen, **decoder)
     terms = masked_language_modelling(model, student, view, IDS, IDS != 0, alpha)  # type: ignore[arg-type]
     return terms, model
 
@@ -239,7 +244,7 @@ def teacher() -> VisionLanguageModel:
 
 
 def run_masks(**masking: object) -> RunMasks:
-    data = SimpleNamespace(tokenizer=SimpleNamespace(mask_id=4, vocabulary_size=40), train_size=4)
+    data = SimpleNamespace(tokenizer=SimpleNamespace(mask_id=4, vocabulary_size=40, word_ids=None), train_size=4)
     return RunMasks(recipe(**masking), data)  # type: ignore[arg-type]
 
 
@@ -253,12 +258,13 @@ def test_look_gives_the_first_rows_everything_and_the_rest_features() -> None:
     assert view.plan.text.sum(1).tolist() == [2, 1, 1]
     assert not (view.plan.text & ~data.maskable[:3]).any()
     assert torch.equal(view.plan.replacement != KEEP, (view.plan.replacement != KEEP) & view.plan.text)
-    assert not any(x.requires_grad for x in (view.image_feature, view.text_feature, view.word_logits))
+    assert not any(x.requires_grad for x in (view.image_feature, view.text_feature, view.word_hidden, view.word_weight))
     # The words' soft labels, in the order of the plan, from the fused features of the intact pair.
     text = model.encode_text(data.token_ids[:3], data.token_mask[:3]).tokens
     image = model.project_image(model.encode_image(data.images[:3]).tokens)
     fused = model.fuse(text, data.token_mask[:3], image).tokens
-    torch.testing.assert_close(view.word_logits, model.word_logits(fused[view.plan.text]).detach())
+    found = F.linear(view.word_hidden, view.word_weight, view.word_bias)
+    torch.testing.assert_close(found, model.word_logits(fused[view.plan.text]).detach())
 
 
 def test_look_weighs_maskable_words_only() -> None:
@@ -272,4 +278,109 @@ def test_look_without_fusion_rows() -> None:
     view = look(teacher(), batch(), run_masks(), 0, 0)
     assert view.image_feature.shape == (4, 8)
     assert view.plan is None
-    assert view.word_logits is None
+    assert view.word_hidden is None
+    assert view.words is None
+
+
+def looked(monkeypatch: pytest.MonkeyPatch, mlm: dict[str, object], policy: str) -> tuple[TeacherView, list[object]]:
+    """What the teacher saw of three pairs, and the rows that each pass through its fusion encoder was asked for."""
+    model, asked = teacher(), []
+    usual = model.fuse
+
+    def fuse(*given: object, **options: object) -> object:
+        asked.append(options.get("rows"))
+        return usual(*given, **options)
+
+    monkeypatch.setattr(model, "fuse", fuse)
+    masks = run_masks(policy=policy, text_ratio=0.67)
+    object.__setattr__(masks.recipe.objectives, "mlm", MlmSection.model_validate(mlm))
+    return look(model, batch(), masks, 0, 3), asked
+
+
+@pytest.mark.parametrize(
+    ("mlm", "policy", "passes"),
+    [
+        ({}, "syncmask", ["all"]),  # statistics and labels in one
+        ({}, "random", ["words"]),
+        ({"teacher_reads": "masked"}, "syncmask", ["all", "words"]),
+        ({"teacher_reads": "masked"}, "random", ["words"]),
+        ({"distillation": 0.0}, "syncmask", ["all"]),
+        ({"distillation": 0.0, "teacher_reads": "masked"}, "random", []),
+        ({"weight": 0.0}, "syncmask", ["all"]),
+        ({"weight": 0.0}, "random", []),
+    ],
+)
+def test_look_fuses_no_more_than_is_read(
+    monkeypatch: pytest.MonkeyPatch, mlm: dict[str, object], policy: str, passes: list[str]
+) -> None:
+    view, asked = looked(monkeypatch, mlm, policy)
+    assert ["all" if rows is None else "words" for rows in asked] == passes
+    assert (view.statistics is not None) == (policy == "syncmask")
+    on = mlm.get("weight", 1) != 0
+    assert (view.words is not None) == on
+    assert (view.word_hidden is not None) == (on and mlm.get("distillation", 1) != 0)
+    assert view.image_tokens is not None
+    assert view.plan is not None
+    if on:
+        assert all(rows is None or torch.equal(rows, view.words.places) for rows in asked)
+
+
+@pytest.mark.parametrize("policy", ["syncmask", "random"])
+@pytest.mark.parametrize("reads", ["intact", "masked"])
+def test_look_takes_soft_labels_from_the_caption_that_the_recipe_names(
+    monkeypatch: pytest.MonkeyPatch, reads: str, policy: str
+) -> None:
+    torch.manual_seed(0)
+    view, _ = looked(monkeypatch, {"teacher_reads": reads}, policy)
+    torch.manual_seed(0)
+    model, data = teacher(), batch()
+    ids = data.token_ids[:3] if reads == "intact" else view.plan.read(data.token_ids[:3])
+    assert (ids != data.token_ids[:3]).any() == (reads == "masked")
+    image = model.project_image(model.encode_image(data.images[:3]).tokens)
+    mask = data.token_mask[:3]
+    fused = model.fuse(model.encode_text(ids, mask).tokens, mask, image).tokens[view.plan.text]
+    torch.testing.assert_close(view.word_hidden, model.word_hidden(fused).detach())
+
+
+# ---------------------------------------------------------------------------------------------------- masked words
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_masked_words_are_those_of_the_mask_in_its_order(share: float) -> None:
+    masked = torch.rand(5, 7) < share
+    masked[2] = False
+    words, tokens = MaskedWords.of(masked), torch.randn(5, 7, 3)
+    assert words.places.shape == (5, max(1, int(masked.sum(1).max())))
+    assert all(len(set(row.tolist())) == len(row) for row in words.places), "no position twice"
+    assert torch.equal(words.take(words.at_places(tokens)), tokens[masked])
+    assert torch.equal(
+        words.take(torch.arange(35).view(5, 7).gather(1, words.places)), torch.arange(35).view(5, 7)[masked]
+    )
+
+
+def test_mlm_of_masked_words_alone_is_that_of_whole_captions() -> None:
+    """Loss, accuracy and every gradient, against logits of all words of which the masked are picked."""
+    model, data = teacher().train(), batch()
+    masks = run_masks(policy="random", text_ratio=0.67)
+    view = look(teacher(), data, masks, 0, 3)
+    ids, mask, masked = data.token_ids[:3], data.token_mask[:3], view.plan.text
+    image = model.encode_image(data.images)
+    student = StudentView(image, image, model.project_image(image.tokens))
+    found = masked_language_modelling(model, student, view, ids, mask, 0.4)
+    found["mlm"].backward(retain_graph=True)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    fused = model.fuse(
+        model.encode_text(view.plan.read(ids), mask).tokens, mask, [(k[:3], v[:3]) for k, v in student.image_keys]
+    )
+    z, labels = model.word_logits(fused.tokens)[masked], ids[masked]
+    soft = F.linear(view.word_hidden, view.word_weight, view.word_bias).softmax(1)
+    wanted = 0.6 * F.cross_entropy(z, labels) + 0.4 * F.cross_entropy(z, soft)
+    torch.testing.assert_close(found["mlm"], wanted)
+    assert found["mlm_accuracy"].item() == pytest.approx((z.argmax(1) == labels).float().mean().item())
+    wanted.backward()
+    assert len(gradients) > 30
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)

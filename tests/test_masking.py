@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from crossmask.engine.masking import (
     register_policy,
 )
 from crossmask.engine.masking import registry as registry_file
-from crossmask.engine.recipe import MaskingSection, Recipe
+from crossmask.engine.recipe import MaskingSection, RatioSection, Recipe
 from crossmask.kernels import AttentionStatistics, cross_attention
 
 PATCHES = torch.tensor([[0.05, 0.30, 0.10, 0.20, 0.30, 0.05], [0.50, 0.10, 0.10, 0.10, 0.10, 0.10]])
@@ -125,6 +127,22 @@ def test_random_masks_at_the_right_ratios_and_uniformly() -> None:
     assert (found.text[:, 1:5].float().mean(0) - 0.5).abs().max() < 0.035
     second = planner(context(maskable, AttentionStatistics(key_attention=patches), step=1))
     assert not torch.equal(found.image, second.image)
+
+
+def test_independent_words_are_a_coin_each() -> None:
+    """As ALBEF and BERT corrupt captions: counts are binomial, in place of the same share of every caption."""
+    section = MaskingSection(policy="random", text_ratio=0.3, options={"independent_words": True})
+    maskable = torch.tensor([False, True, True, True, True, False, False]).expand(4000, 7)
+    found = MaskPlanner(section, 4, 20)(context(maskable)).text
+    assert not (found & ~maskable).any()
+    counts = torch.bincount(found.sum(1), minlength=5) / 4000
+    binomial = torch.tensor([math.comb(4, k) * 0.3**k * 0.7 ** (4 - k) for k in range(5)])
+    assert (counts - binomial).abs().max() < 0.035
+    assert (found[:, 1:5].float().mean(0) - 0.3).abs().max() < 0.03
+    each = MaskPlanner(
+        section.model_copy(update={"text_ratio": RatioSection(kind="uniform", start=0.0, end=1.0)}), 4, 20
+    )
+    assert each(context(maskable)).text.sum(1).float().var() > found.sum(1).float().var()
 
 
 def test_unknown_policy_names_its_neighbour() -> None:

@@ -179,9 +179,10 @@ def test_head_importance_is_the_slope_of_the_loss_over_the_heads() -> None:
     loss().backward()
     found = model.fusion.head_importance()
     gates = torch.ones(2, 3, 3, requires_grad=True)  # layers, samples, heads
+    sample = mask.nonzero()[:, 0]  # of each word, which come without padding
     hooks = [
         layer.cross_attention.output.register_forward_pre_hook(
-            lambda m, args, gate=gate: ((args[0].unflatten(-1, (3, 8)) * gate[:, None, :, None]).flatten(-2),)
+            lambda m, args, gate=gate: ((args[0].unflatten(-1, (3, 8)) * gate[sample, :, None]).flatten(-2),)
         )
         for layer, gate in zip(model.fusion.layers, gates.unbind(), strict=True)
     ]

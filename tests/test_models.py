@@ -191,7 +191,10 @@ def test_statistics_are_of_the_patches_of_the_chosen_layer(layer: int, index: in
     hook.remove()
     assert len(asked) == 1
     assert found.statistics is not None
-    q = F.linear(asked[0], attention.query.weight, attention.query.bias).view(3, 6, 3, 8)
+    queries = asked[0]
+    if queries.ndim == 2:  # the words without padding, at which queries count nowhere
+        queries = torch.zeros(3, 6, 24).index_put((mask,), queries)
+    q = F.linear(queries, attention.query.weight, attention.query.bias).view(3, 6, 3, 8)
     k = F.linear(image[:, 1:], attention.key_value.weight[:24], attention.key_value.bias[:24]).view(3, 16, 3, 8)
     s = torch.einsum("blhd,bphd->bhlp", q, k) / 8**0.5
     for b in range(3):

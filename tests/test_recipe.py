@@ -21,6 +21,8 @@ optimizer:
 data:             # nothing in it: the defaults
 """
 
+BRING_YOUR_OWN = ("albef", "albef-retrieval")  # recipes without data of their own
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -174,10 +176,17 @@ def test_paths_in_a_file_are_relative_to_it_and_in_an_override_to_where_you_stan
 
 def test_shipped_recipes_are_found_by_name_anywhere(folder: Path) -> None:
     assert {f"zero{stage}.json" for stage in range(4)} <= {file.name for file in SHIPPED.iterdir()}
+    (folder / "pairs.json").write_text("[]")
     for name in shipped_recipes():
-        recipe = load_recipe(name)
-        assert recipe == load_recipe(f"recipes/{name}.yaml")
+        given = ["data.path=pairs.json"] if name in BRING_YOUR_OWN else []
+        recipe = load_recipe(name, given)
+        assert recipe == load_recipe(f"recipes/{name}.yaml", given)
         assert recipe.note, f"{name} says how long it takes"
+
+
+@pytest.mark.parametrize("name", BRING_YOUR_OWN)
+def test_a_recipe_for_your_own_pairs_says_that_it_needs_them(folder: Path, name: str) -> None:
+    assert refusal(path=name).startswith(f"{name}: data: path is missing")
 
 
 def test_the_batch_divides_among_ranks() -> None:

@@ -176,14 +176,60 @@ def test_a_report_that_cannot_be_written_is_one_line_and_leaves_nothing(whole: P
         save_pictures(run, run / "status.json")
 
 
-def test_summary_fits_eighty_columns_and_has_every_number() -> None:
+def with_samples() -> dict[str, Any]:
+    """As runs write it now: sums, sampled galleries."""
+    found = evaluation()
+    split = found["splits"]["a"]
+    both = {"i2t": recalls(59.5), "t2i": recalls(66.6)}
+    deviation = {"i2t": recalls(1.25), "t2i": recalls(0.75), "sum": 12.34}
+    split["sum"] = 327.1
+    split["reranked"] |= {"score": "match_logit", "candidates": 128, "itm": {"i2t": recalls(1.0), "t2i": recalls(2.0)}}
+    split["sampled"] = {
+        "draws": 5, "negatives": 100, "queries": {"i2t": 1000, "t2i": 1000}, "same_category": {"i2t": 1, "t2i": 1},
+        **both, "sum": 478.3, "spread": deviation, "chance": {"i2t": recalls(1), "t2i": recalls(1), "sum": 106.0},
+        "reranked": {"score": "match_logit", **both, "sum": 478.3, "spread": deviation},
+    }  # fmt: skip
+    return found
+
+
+def printed(found: dict[str, Any]) -> list[str]:
+    """What is printed, line by line, one space between words."""
     stream = io.StringIO()
-    print_summary(evaluation(), Console(file=stream, width=80))
-    out = stream.getvalue()
-    assert all(len(line) <= 80 for line in out.splitlines())
-    for words in ("38.6", "58.6", "68.6", "37.1", "0.06", "41.2 (+3.2)", "40.2 (+3.1)", "ITM loss 0.510", "81.0 %"):
-        assert words in out, words
-    print_summary({}, Console(file=stream, width=80))
+    print_summary(found, Console(file=stream, width=80))
+    lines = stream.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert not any("…" in line for line in lines)
+    return [" ".join(line.split()) for line in lines]
+
+
+def test_summary_fits_eighty_columns_and_has_every_number() -> None:
+    lines = printed(evaluation())  # of a run that has no sums in its file
+    assert "(a) ITC 38.6 58.6 68.6 37.1 57.1 67.1 327.1" in lines
+    assert "ITC, 1,000 queries 38.0 58.0 68.0 37.1 57.1 67.1 325.3" in lines
+    assert "top 16: ITC + ITM 41.2 61.2 71.2 40.2 60.2 70.2 344.2" in lines
+    assert any(line.startswith("chance 0.06 ") for line in lines)
+    for words in ("ITM loss 0.510", "81.0 %"):
+        assert any(words in line for line in lines), words
+    print_summary({}, Console(file=io.StringIO(), width=80))
+
+
+def test_summary_and_report_show_sampled_galleries(whole: Path, tmp_path: Path) -> None:
+    lines = printed(with_samples())
+    assert "top 128: match logit 41.2 61.2 71.2 40.2 60.2 70.2 344.2" in lines
+    assert "1 of 101: ITC 59.5 79.5 89.5 66.6 86.6 96.6 478.3 12.3" in lines
+    assert "1 of 101: match logit 59.5 79.5 89.5 66.6 86.6 96.6 478.3 12.3" in lines
+    assert any(line.startswith("1 of 101: chance ") for line in lines)
+    assert any("mean of 5 draws" in line for line in lines)
+    run = tmp_path / "sampled"
+    shutil.copytree(whole, run)
+    before, _ = parse(build_report(run))
+    (run / "evaluation.json").write_text(json.dumps(with_samples()))
+    html, _ = parse(build_report(run))
+    for words in ("R@1 in sampled galleries", "among 101", "59.5 ± 1.2", "478.3 ± 12.3"):
+        assert words in html, words
+        assert words not in before, words
+    assert "sum of all six recalls 344.2" in html
+    assert [p.name for p in save_pictures(run, tmp_path / "pictures")][1:3] == ["retrieval.png", "sampled.png"]
 
 
 def test_heat_is_absolute_so_uniform_attention_stays_pale() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,15 +15,23 @@ from torch import Tensor, nn
 
 from crossmask.engine.data.base import CaptionBatch, EvaluationSplit
 from crossmask.engine.data.batch import Batch
-from crossmask.engine.evaluation import retrieval
+from crossmask.engine.evaluation import embedding, ranking
+from crossmask.engine.evaluation.embedding import embed, match_logits
 from crossmask.engine.evaluation.matching import ITM_PRIOR, area_under_roc, draw_hard_negatives, match_measures
-from crossmask.engine.evaluation.retrieval import chance, evaluate_split, ranks, recalls, reranked_ranks
+from crossmask.engine.evaluation.ranking import chance, rank_all, ranks, recalls, reranked_ranks, rsum
+from crossmask.engine.evaluation.retrieval import evaluate_split, order_by
+from crossmask.engine.models import VisionLanguageModel
+from crossmask.engine.recipe import EvaluationSection, ModelSection
 
 WIDTH = 16
 
 
 def ids(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
+
+
+def matches(query_group: Tensor, key_group: Tensor) -> Tensor:
+    return query_group[:, None] == key_group
 
 
 def test_ranks_with_groups_and_ties() -> None:
@@ -37,9 +46,9 @@ def test_ranks_with_groups_and_ties() -> None:
     )
     found = torch.cat(
         [
-            ranks(scores[:3], ids(0, 1, 2), ids(0, 1, 2, 3)),
-            ranks(scores[3:4], ids(9), ids(9, 1, 2, 9)),
-            ranks(scores[4:], ids(7), ids(0, 1, 2, 3)),
+            ranks(scores[:3], matches(ids(0, 1, 2), ids(0, 1, 2, 3))),
+            ranks(scores[3:4], matches(ids(9), ids(9, 1, 2, 9))),
+            ranks(scores[4:], matches(ids(7), ids(0, 1, 2, 3))),
         ]
     )
     assert found.tolist() == [1, 3, 2, 1, 0]
@@ -47,17 +56,41 @@ def test_ranks_with_groups_and_ties() -> None:
     assert recalls(ids(1, 6, 11, 0)) == pytest.approx({"r1": 100 / 3, "r5": 100 / 3, "r10": 200 / 3})
 
 
+def test_the_sum_is_of_both_directions() -> None:
+    found = {"i2t": {"r1": 1.0, "r5": 2.0, "r10": 4.0}, "t2i": {"r1": 8.0, "r5": 16.0, "r10": 32.0, "queries": 64}}
+    assert rsum(found) == 63.0
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
 def test_a_collapsed_model_scores_nothing(value: float) -> None:
-    found = ranks(torch.full((4, 20), value), torch.arange(4), torch.arange(20))
+    found = ranks(torch.full((4, 20), value), matches(torch.arange(4), torch.arange(20)))
     assert recalls(found) == {"r1": 0.0, "r5": 0.0, "r10": 0.0}
 
 
-def test_ranks_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, groups = torch.randn(37, 23, generator=torch.Generator().manual_seed(0)), torch.arange(37) % 23
-    whole = ranks(scores, groups, torch.arange(23))
-    monkeypatch.setattr(retrieval, "CHUNK", 5)
-    assert torch.equal(ranks(scores, groups, torch.arange(23)), whole)
+def test_equal_features_tie_and_the_right_one_is_not_among_the_first() -> None:
+    """Whatever a matrix product does at the edges of its blocks: all of these are one and the same vector."""
+    feature = nn.functional.normalize(torch.randn(256, generator=torch.Generator().manual_seed(0)), dim=0)
+    keys = feature.expand(1000, -1)
+    found = rank_all(keys[:7], keys, torch.arange(7), torch.arange(1000), k=10)
+    assert found.rank.tolist() == [1000] * 7
+    assert not (found.top == torch.arange(7)[:, None]).any()
+    nan = rank_all(keys[:2], torch.full((5, 256), math.nan), ids(0, 1), torch.arange(5), k=2)
+    assert nan.rank.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("block", [1, 23 * 5, 2**22])
+def test_blocks_give_what_the_whole_matrix_gives(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(37, 8, generator=generator), torch.randn(23, 8, generator=generator)
+    groups, given = torch.arange(37) % 25, torch.arange(23) % 20  # some have two right ones, some none
+    monkeypatch.setattr(ranking, "BLOCK", block)
+    found = rank_all(queries, keys, groups, given, k=6)
+    whole = (queries.double() @ keys.double().T).float()
+    best = whole.topk(6, dim=1)
+    assert torch.equal(found.rank, ranks(whole, matches(groups, given)))
+    assert torch.equal(found.top, best.indices)
+    assert torch.equal(found.score, best.values)
+    assert rank_all(queries, keys, groups, given, k=99).top.shape == (37, 23)
 
 
 def test_chance_is_exact() -> None:
@@ -65,9 +98,12 @@ def test_chance_is_exact() -> None:
     assert found == pytest.approx({"r1": 5.0, "r5": 25.0, "r10": 50.0})
     # two right of four: at least one among the first is 1/2; a fifth place holds everything
     assert chance(ids(0), ids(0, 0, 1, 2)) == pytest.approx({"r1": 50.0, "r5": 100.0, "r10": 100.0})
+    # five right of twenty at one, and a query without a right one, which asks nothing
+    assert chance(ids(1, 9, -3), ids(*([1] * 5 + [0] * 15)))["r1"] == pytest.approx(25.0)
+    assert chance(ids(9), ids(0, 1)) == {"r1": 0.0, "r5": 0.0, "r10": 0.0}
     generator = torch.Generator().manual_seed(0)
     asked, given = torch.arange(30).repeat(40) % 30, torch.arange(30).repeat_interleave(2)
-    drawn = recalls(ranks(torch.rand(1200, 60, generator=generator), asked, given))
+    drawn = recalls(ranks(torch.rand(1200, 60, generator=generator), matches(asked, given)))
     assert drawn == pytest.approx(chance(asked, given), abs=3.5)
 
 
@@ -117,6 +153,7 @@ class Oracle(nn.Module):
     """Features that confuse neighbouring groups, and a match head that knows (``sure`` > 0) or knows nothing (0)."""
 
     patch_grid = (2, 2)
+    pool = "cls"
 
     def __init__(self, sure: float, blur: float = 0.0) -> None:
         super().__init__()
@@ -140,8 +177,12 @@ class Oracle(nn.Module):
     def project_image(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(tokens[:, None], tokens[:, None])]
 
-    def fuse(self, text: Tensor, mask: Tensor, image: list[tuple[Tensor, Tensor]], *_: Any, **__: Any) -> Fused:
-        return Fused(text[..., :1] - image[0][0][:, 0, :1, :1])
+    def fuse(
+        self, text: Tensor, mask: Tensor, image: list[tuple[Tensor, Tensor]], image_index: Any = None, rows: Any = None
+    ) -> Fused:
+        parts = 1 if image_index is None else len(image_index)
+        of_images = image[0][0][: len(text) // parts, 0, :1, :1].repeat(parts, 1, 1)
+        return Fused((text[..., :1] - of_images)[:, :1])
 
     def match_logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
         match = (tokens[:, 0, 0] == 0).float()
@@ -179,38 +220,162 @@ def split() -> Split:
     return Split(groups=[i % 40 for i in range(100)], captions=list(range(60)), flags=(3, 5))
 
 
+def asked(rerank: int = 0, **more: Any) -> EvaluationSection:
+    return EvaluationSection.model_validate({"rerank": rerank, **more})
+
+
+def plain(found: dict[str, Any]) -> dict[str, float]:
+    return {name: found[name] for name in ("r1", "r5", "r10")}
+
+
 def test_a_model_without_blur_is_perfect() -> None:
-    found = evaluate_split(Oracle(0.0), split(), "cpu", 0.1)
+    found = evaluate_split(Oracle(0.0), split(), "cpu", 0.1, asked())
     assert found["i2t"] == found["t2i"] == {"r1": 100.0, "r5": 100.0, "r10": 100.0}
-    assert (found["images"], found["captions"], found["reranked"]) == (100, 60, None)
+    assert found["sum"] == found["without_flags"]["sum"] == 600.0
+    assert (found["images"], found["captions"], found["reranked"], found["sampled"]) == (100, 60, None, None)
     assert found["chance_r1"] == pytest.approx(100 / 60)
     assert found["without_flags"]["images"] == 100 - 6
     assert found["without_flags"]["captions"] == 58
 
 
+def test_an_image_is_answered_by_any_of_its_captions() -> None:
+    """Five captions each, as in COCO: the image asks once, each caption asks for itself."""
+    groups = list(range(12))
+    found = evaluate_split(Oracle(0.0), Split(groups, [g for g in groups for _ in range(5)]), "cpu", 0.1, asked(8))
+    assert (found["images"], found["captions"], found["sum"]) == (12, 60, 600.0)
+    assert found["chance"]["i2t"]["r1"] == pytest.approx(100 * 5 / 60)
+    assert found["chance"]["t2i"]["r1"] == pytest.approx(100 / 12)
+    assert (found["reranked"]["i2t"]["queries"], found["reranked"]["t2i"]["queries"]) == (12, 60)
+
+
 def test_reranking_with_an_oracle_repairs_what_features_confuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval, "CHUNK", 16)  # several batches, so that positions are carried across them
-    found = evaluate_split(Oracle(50.0, blur=1.6), split(), "cpu", 0.1, rerank=8)
+    monkeypatch.setattr(embedding, "BATCH", 16)  # several batches, so that places are carried across them
+    monkeypatch.setattr(embedding, "PAIRS", 16)
+    found = evaluate_split(Oracle(50.0, blur=1.6), split(), "cpu", 0.1, asked(8))
     for direction in ("i2t", "t2i"):
         assert found[direction]["r1"] < 60
         assert found["reranked"][direction]["r1"] == pytest.approx(found[direction]["r5"], abs=40)
         assert found["reranked"][direction]["r1"] > found[direction]["r1"] + 20
         assert found["reranked"]["before"][direction] == pytest.approx(found[direction])
+    assert found["reranked"]["sum"] == pytest.approx(rsum(found["reranked"]))
+    assert found["reranked"]["sum"] > found["sum"] == found["reranked"]["before"]["sum"]
 
 
 def test_reranking_by_a_head_that_knows_nothing_changes_nothing() -> None:
-    found = evaluate_split(Oracle(0.0, blur=0.8), split(), "cpu", 0.1, rerank=8)
+    found = evaluate_split(Oracle(0.0, blur=0.8), split(), "cpu", 0.1, asked(8))
     for direction in ("i2t", "t2i"):
-        assert {k: v for k, v in found["reranked"][direction].items() if k != "queries"} == pytest.approx(
-            found[direction]
-        )
+        assert plain(found["reranked"][direction]) == pytest.approx(found[direction])
 
 
 def test_reranking_a_sample_compares_with_the_same_queries() -> None:
-    found = evaluate_split(Oracle(50.0, blur=1.6), split(), "cpu", 0.1, rerank=4, rerank_queries=10)["reranked"]
+    found = evaluate_split(Oracle(50.0, blur=1.6), split(), "cpu", 0.1, asked(4, rerank_queries=10))["reranked"]
     assert found["i2t"]["queries"] == found["t2i"]["queries"] == 10
     assert found["i2t"]["r1"] > found["before"]["i2t"]["r1"]
     assert found["pairs"] <= 80
+    every = evaluate_split(Oracle(50.0, blur=1.6), split(), "cpu", 0.1, asked(4, rerank_queries=0))["reranked"]
+    assert (every["i2t"]["queries"], every["t2i"]["queries"]) == (100, 40)  # 20 captions belong to no image
+
+
+def test_what_candidates_are_ordered_by() -> None:
+    logits = torch.tensor([[0.0, 2.0], [-5.0, 1.0], [3.0, 2.5]])  # (no match, match)
+    similarity = torch.tensor([0.1, 0.5, 0.9])
+    assert order_by("itm", logits, similarity, 0.1).tolist() == [2.0, 6.0, -0.5]
+    assert order_by("sum", logits, similarity, 0.1).tolist() == pytest.approx([3.0, 11.0, 8.5])
+    # ALBEF's evaluation reads the second logit and nothing else: here it orders as none of the others does
+    assert order_by("match_logit", logits, similarity, 0.1).tolist() == [2.0, 1.0, 2.5]
+
+
+@pytest.mark.parametrize("score", ["sum", "itm", "match_logit"])
+def test_the_recipe_chooses_what_orders_them(score: str) -> None:
+    class Biased(Oracle):
+        """Right by its log-odds, wrong by the logit of the match alone."""
+
+        def match_logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            match = (tokens[:, 0, 0] == 0).float()
+            return torch.stack([-30 * match, -20 * match], 1)
+
+    found = evaluate_split(Biased(0.0, blur=1.2), split(), "cpu", 10.0, asked(8, rerank_score=score))["reranked"]
+    assert found["score"] == score
+    better = found["i2t"]["r1"] > found["before"]["i2t"]["r1"]
+    assert better == (score != "match_logit")
+    assert found["itm"]["i2t"]["r1"] > found["before"]["i2t"]["r1"]
+
+
+@pytest.mark.parametrize("kept", [0, 2**30])
+@pytest.mark.parametrize("at_once", [1, 3, 256])
+def test_pairs_are_scored_in_any_order_and_number(kept: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images with 1 to 9 captions, in batches that do not divide them; tokens kept or encoded again."""
+    monkeypatch.setattr(embedding, "KEPT_BYTES", kept)
+    monkeypatch.setattr(embedding, "PAIRS", at_once)
+    monkeypatch.setattr(embedding, "BATCH", 7)
+
+    class Labels(Oracle):
+        def match_logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            return torch.stack([tokens[:, 0, 0], mask.sum(1).float()], 1)
+
+    world = split()
+    found = embed(Labels(0.0), world, "cpu")
+    assert (found.image_tokens is None) == (kept == 0)
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.cat([torch.stack([torch.full((n,), i), torch.randperm(60, generator=generator)[:n]], 1)
+                       for n, i in zip((9, 1, 4, 4, 2), (99, 0, 41, 5, 3), strict=True)])  # fmt: skip
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
+    logits = match_logits(Labels(0.0), world, found, pairs, "cpu")
+    difference = pairs[:, 1] - torch.from_numpy(world.image_group_id)[pairs[:, 0]]
+    assert logits[:, 0].tolist() == difference.tolist()
+    assert set(logits[:, 1].tolist()) == {3.0}  # each caption's own words, no padding
+    assert match_logits(Labels(0.0), world, found, pairs[:0], "cpu").shape == (0, 2)
+
+
+@pytest.mark.parametrize(("norm", "pool"), [("post", "cls"), ("pre", "mean")])
+def test_scores_are_those_of_each_pair_by_itself(norm: str, pool: str) -> None:
+    model = VisionLanguageModel(
+        ModelSection.model_validate(
+            {
+                "image": {"size": 8, "patch_size": 4, "width": 16, "depth": 1, "heads": 2},
+                "text": {"width": 16, "depth": 1, "heads": 2},
+                "fusion": {"depth": 2, "heads": 2, "norm": norm},
+                "projection_width": 8,
+                "pool": pool,
+            }
+        ),
+        200,
+        12,
+    ).eval()
+
+    class Real(Split):
+        def take(self, rows: np.ndarray) -> Batch:
+            batch = super().take(rows)
+            noise = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(int(i))) for i in rows]
+            return dataclasses.replace(batch, images=torch.stack(noise))
+
+        def _text(self, group: Tensor, start: int) -> CaptionBatch:
+            lengths = 3 + (start + torch.arange(len(group))) % 7
+            mask = torch.arange(int(lengths.max())) < lengths[:, None]
+            token_ids = (torch.arange(mask.shape[1]) * 7 + group[:, None] + 5).masked_fill(~mask, 0)
+            return CaptionBatch(token_ids, mask, mask, group, torch.arange(start, start + len(group)))
+
+    world = Real(list(range(6)), list(range(10)))
+    found = embed(model, world, "cpu")
+    pairs = torch.tensor([[i, j] for i in range(6) for j in range(10) if (i * j + i) % 3])
+    logits = match_logits(model, world, found, pairs, "cpu")
+    with torch.no_grad():
+        for (i, j), mine in zip(pairs.tolist(), logits, strict=True):
+            image = model.encode_image(world.take(np.array([i])).images)
+            text = world._text(torch.tensor([j]), j)
+            words = model.encode_text(text.token_ids, text.token_mask).tokens
+            fused = model.fuse(words, text.token_mask, model.project_image(image.tokens))
+            assert torch.allclose(mine, model.match_logits(fused.tokens, text.token_mask)[0], atol=1e-5)
+
+
+def test_progress_is_told_at_most_so_often() -> None:
+    said: list[str] = []
+    progress = embedding.Progress(said.append, every=0.0)
+    found = embed(Oracle(0.0), split(), "cpu", progress=progress)
+    match_logits(Oracle(0.0), split(), found, torch.zeros(3, 2, dtype=torch.long), "cpu", progress)
+    assert said == ["images encoded, 0 of 100", "captions encoded, 0 of 60", "pairs re-ranked, 0 of 3"]
+    embed(Oracle(0.0), split(), "cpu", progress=embedding.Progress(said.append))
+    assert len(said) == 3
 
 
 def test_matching_of_an_oracle_and_of_a_head_that_knows_nothing() -> None:

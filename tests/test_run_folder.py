@@ -32,7 +32,7 @@ def resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def resume(step: int) -> tuple[int, list[str]]:
         recipe = Recipe.model_validate({"training": {"max_steps": 10}})
         pretrainer: Any = SimpleNamespace(
-            next_step=step, engine=None, teacher=None, queue=None, device=SimpleNamespace(type="cpu")
+            next_step=step, engine=None, teacher=None, queue=None, device=SimpleNamespace(type="cpu"), notices=list
         )
         said.clear()
         stop: Any = SimpleNamespace(reason="enough")

@@ -46,7 +46,7 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path: Path, monkeyp
         assert half_written.is_dir()
         monkeypatch.setattr(loop, "init_distributed", lambda: (0, 1, torch.device("cpu")))
         for name in ("check_masking", "load_data", "Pretrainer", "quiet"):
-            monkeypatch.setattr(loop, name, lambda *_: None)
+            monkeypatch.setattr(loop, name, lambda *_, **__: None)
         monkeypatch.setattr(loop.Run, "go", lambda *_: pytest.fail("it began"))
         with pytest.raises(CheckpointError) as error:
             loop.train(Recipe(), tmp_path, resume=True)

@@ -16,6 +16,7 @@ from crossmask.engine.objectives import Keys, RunMasks, TeacherView, look
 from crossmask.engine.recipe import ModelSection, ObjectivesSection, OptimizerSection, Recipe
 from crossmask.engine.training import step
 from crossmask.engine.training.optimizer import build_optimizer, learning_rate, parameter_groups
+from crossmask.engine.training.pretrainer import Pretrainer
 from crossmask.engine.training.step import Schedule, compute_losses, fusion_rows
 
 VOCABULARY, MASK_ID = 40, 4
@@ -38,7 +39,9 @@ def student(objectives: ObjectivesSection | None = None, stem: str = "patch") ->
 
 
 def run_masks(recipe: Recipe) -> RunMasks:
-    data = SimpleNamespace(tokenizer=SimpleNamespace(mask_id=MASK_ID, vocabulary_size=VOCABULARY), train_size=6)
+    data = SimpleNamespace(
+        tokenizer=SimpleNamespace(mask_id=MASK_ID, vocabulary_size=VOCABULARY, word_ids=None), train_size=6
+    )
     return RunMasks(recipe, data)  # type: ignore[arg-type]
 
 
@@ -123,6 +126,31 @@ def test_hardness_of_the_negatives_is_the_schedules(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(step, "image_text_matching", record)
     losses(section(), Schedule(1.0, fusion=True, hardness=0.25, queue=True))
     assert given == [0.25]
+
+
+def test_a_batch_of_one_leaves_matching_out() -> None:
+    loss, terms = losses(section(), n=1)
+    assert set(terms) == ALWAYS.union(*(names for kind, names in TERMS.items() if kind != "itm"))
+    assert math.isfinite(loss.item())
+    loss.backward()
+
+
+def test_a_run_says_once_that_batches_of_one_leave_matching_out() -> None:
+    def notices(batch_size: int, ranks: int = 2, **more: Any) -> list[str]:
+        given = {"training": {"batch_size": batch_size, "accumulation_steps": 2}, **more}
+        run = SimpleNamespace(
+            recipe=Recipe.model_validate(given),
+            sampler=SimpleNamespace(world_size=ranks),
+            data=SimpleNamespace(notices=list),
+            _notices=[],
+        )
+        return Pretrainer.notices(run)  # type: ignore[arg-type]
+
+    assert notices(8) == []
+    assert notices(4, objectives={"itm": {"weight": 0.0}}) == []
+    (line,) = notices(4)
+    assert line.startswith("ITM is left out: a rank's batch is one pair")
+    assert notices(4, ranks=1) == []
 
 
 def test_fusion_rows_is_a_cap() -> None:
@@ -247,6 +275,19 @@ def test_learning_rate_rises_and_falls_by_a_cosine() -> None:
     assert all(a > b for a, b in pairwise(rates[10:]))
 
 
+def test_learning_rate_can_rise_from_above_zero() -> None:
+    recipe = run_of(110, lr=1.0, final_lr=0.2, warmup_steps=10, warmup_lr=0.1)
+    rates = [learning_rate(step, recipe) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 + 0.09 * (i + 1) for i in range(10)])
+    assert rates[10:] == [
+        learning_rate(step, run_of(110, lr=1.0, final_lr=0.2, warmup_steps=10)) for step in range(10, 111)
+    ]
+    plain = run_of(1000, lr=7e-4, warmup_steps=60)
+    assert [learning_rate(step, plain) for step in range(60)] == [
+        7e-4 * (step + 1) / 60 for step in range(60)
+    ]  # bitwise
+
+
 def test_learning_rate_of_short_runs() -> None:
     long_warmup = {"lr": 1.0, "final_lr": 0.0, "warmup_steps": 1000}
     rates = [learning_rate(step, run_of(4, **long_warmup)) for step in range(4)]
@@ -283,6 +324,10 @@ def test_parameter_groups() -> None:
         "patch_decoder.head.weight",
     }
     assert not any(name.endswith(".bias") or "norm" in name.lower() for name in decayed)
+    model.extra = torch.nn.ParameterDict({"mask_token": torch.zeros(1, 1, 8), "weight": torch.zeros(8, 8)})
+    decayed, plain = ({id(p) for p in group["params"]} for group in parameter_groups(model, OptimizerSection())[:2])
+    assert id(model.extra["mask_token"]) in plain
+    assert id(model.extra["weight"]) in decayed
     model.model.image.vit.patch_embed.requires_grad_(False)
     frozen = {id(p) for group in parameter_groups(model, OptimizerSection()) for p in group["params"]}
     assert not any(id(p) in frozen for p in model.model.image.vit.patch_embed.parameters())

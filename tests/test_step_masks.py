@@ -39,6 +39,9 @@ def build(objectives: dict[str, Any] | None = None, **masking: Any) -> tuple[Rec
     tokenizer = SimpleNamespace(
         mask_id=MASK_ID,
         vocabulary_size=VOCABULARY,
+        word_ids=None,
+        special_ids=frozenset(range(5)),
+        split=str.split,
         pieces=lambda word: [5 + len(word) % 30],
         words=lambda ids: [str(i) for i in ids],
     )

@@ -19,10 +19,13 @@ LAYERS = (
     {"errors", "atomic", "failures", "beats", "recipe", "recipe_fields"},
     {"masking", "teacher", "models", "data"},
     {"objectives", "evaluation", "recipe_files", "exported"},
-    {"training", "mask_preview", "export"},
-    {"cli", "train", "doctor"},
+    {"training", "mask_preview", "model_evaluation", "export", "convert"},
+    {"cli", "train", "doctor", "ablation"},
 )
-SAME_ROOM = {"deepspeed_config": "recipe_files"}  # two files on one subject: reading and checking what a user gave
+SAME_ROOM = {  # two files on one subject
+    "deepspeed_config": "recipe_files",  # reading and checking what a user gave
+    "export_config": "exported",
+}
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 KERNELS_MAY_IMPORT = {"torch", "triton", "crossmask", "__future__", *sys.stdlib_module_names}
 MAX_LINES = 450

@@ -16,7 +16,7 @@ from distributed import ranks
 from crossmask.engine.errors import RecipeError
 from crossmask.engine.recipe import TeacherSection
 from crossmask.engine.recipe_files import load_recipe
-from crossmask.engine.teacher import Constant, Cosine, WarmUp, named_schedule, zero
+from crossmask.engine.teacher import Constant, Cosine, WarmUp, ema, named_schedule, zero
 from crossmask.engine.teacher.schedule import decay_at
 
 CPU = {"device": "cpu"}
@@ -209,7 +209,7 @@ def test_the_engines_start_keeps_a_schedulers_hook(monkeypatch: pytest.MonkeyPat
 
     def hidden_step(**options: Any) -> tuple[Any]:
         options["optimizer"].step()
-        return (SimpleNamespace(optimizer="DeepSpeed's own"),)
+        return (SimpleNamespace(optimizer="DeepSpeed's own", dp_world_size=2),)
 
     monkeypatch.setattr(deepspeed, "initialize", hidden_step)
     zero.initialize_untouched(model, optimizer, {})
@@ -267,3 +267,14 @@ def test_a_recipe_of_an_earlier_run_is_still_read(tmp_path: Path, older: str, sc
     file.write_text(f"teacher: {{schedule: cosine, warmup: {older}}}\n")
     with pytest.raises(RecipeError, match=r"unknown key teacher\.warmup"):
         load_recipe(file)
+
+
+def test_a_teacher_that_drops_leaves_running_means_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5)).eval()
+    before, x = {name: value.clone() for name, value in model.state_dict().items()}, torch.randn(64, 3)
+    ema._drop(model, True)
+    assert (model(x) == 0).any()
+    ema._drop(model, False)
+    assert torch.equal(model(x), model(x))
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

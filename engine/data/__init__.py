@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
-from .base import IMAGE_MEAN, IMAGE_STD, CaptionBatch, EvaluationSplit, PairData, denormalise
+from .base import ALL, CaptionBatch, EvaluationSplit, PairData
 from .batch import Batch
+from .normalisation import HALF, NORMALISATIONS, Normalisation
 from .sampler import StepSampler
 from .tokenizer import CaptionTokenizer
 
 __all__ = [
-    "IMAGE_MEAN",
-    "IMAGE_STD",
+    "ALL",
+    "HALF",
+    "NORMALISATIONS",
     "Batch",
     "CaptionBatch",
     "CaptionTokenizer",
     "EvaluationSplit",
+    "Normalisation",
     "PairData",
     "StepSampler",
-    "denormalise",
     "load_data",
 ]
 
 
-def load_data(recipe: Recipe) -> PairData:
-    """Open the recipe's data source. Raises DataError, one line, for data that cannot be used."""
+def load_data(recipe: Recipe, tokenizer: CaptionTokenizer | None = None) -> PairData:
+    """Open the recipe's data source. Raises DataError, one line, for data that cannot be used.
+
+    ``tokenizer``: of a trained model, in place of the recipe's. The data are then only evaluated on: the training split
+    is not looked at, and of a file without splits every pair is evaluated, in a split :data:`ALL`.
+    """
     if recipe.data.source == "emoji":
         from .emoji_pairs import EmojiPairs
 
-        return EmojiPairs(recipe)
+        return EmojiPairs(recipe, tokenizer)
     from .pairs import FilePairs
 
-    return FilePairs(recipe)
+    return FilePairs(recipe, tokenizer)

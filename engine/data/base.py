@@ -12,14 +12,10 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
+from .normalisation import HALF, Normalisation
 from .tokenizer import CaptionTokenizer
 
-IMAGE_MEAN = IMAGE_STD = 0.5  # all sources, all channels: 0..1 becomes -1..1
-
-
-def denormalise(images: Tensor) -> Tensor:
-    """(..., 3, H, W) as in :class:`Batch` -> the same shape, float32 in 0..1, for pictures in reports."""
-    return (images.float() * IMAGE_STD + IMAGE_MEAN).clamp(0, 1)
+ALL = "all"  # the split with every pair of a source that has no splits
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,8 @@ class EvaluationSplit(ABC):
     gallery_group_id: np.ndarray  # (C,) int64
     image_is_flag: np.ndarray  # (N,) bool; all False where a source has no flags
     gallery_is_flag: np.ndarray  # (C,) bool
+    image_category: np.ndarray | None = None  # (N,) int64, equal numbers are alike, -1 = unknown; None: no categories
+    gallery_category: np.ndarray | None = None  # (C,) int64, likewise
 
     @property
     def image_count(self) -> int:
@@ -77,7 +75,8 @@ class PairData(ABC):
     """Image-caption pairs: a training set, its evaluation splits and the tokenizer of their captions."""
 
     tokenizer: CaptionTokenizer
-    max_tokens: int  # no batch is longer than this: the size of a position table
+    max_tokens: int  # no batch is longer than this: the least size of a position table
+    normalisation: Normalisation = HALF  # of its images
     train_size: int
     train_group_id: np.ndarray  # (train_size,) int64
     splits: Mapping[str, EvaluationSplit]
@@ -106,6 +105,10 @@ class PairData(ABC):
         digest = hashlib.sha256(self.tokenizer.to_json().encode())
         digest.update(np.ascontiguousarray(self.train_group_id, np.int64).tobytes())
         return digest.hexdigest()
+
+    def notices(self) -> list[str]:
+        """Lines for the start of a run: what was left out of the data, and why."""
+        return []
 
     @abstractmethod
     def describe(self) -> dict[str, object]:

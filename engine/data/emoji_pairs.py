@@ -9,16 +9,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..errors import DataError
+from ..errors import DataError, RecipeError
 from ..recipe import Recipe
-from .base import IMAGE_MEAN, IMAGE_STD, CaptionBatch, EvaluationSplit, PairData
+from .base import CaptionBatch, EvaluationSplit, PairData
 from .batch import Batch
 from .canvas import Placements, paint
-from .captions import CaptionTable, merge
+from .captions import CaptionTable, merge, token_limit
 from .emoji import HELD_OUT_DESIGNER, load_art
+from .normalisation import NORMALISATIONS
 from .randomness import Draws
 from .scenes import plan_scenes, scene_phrases
-from .tokenizer import CaptionTokenizer, split_words
+from .tokenizer import CaptionTokenizer, open_tokenizer
 
 _EVALUATION = 1 << 40  # in place of an epoch: evaluation never shares random numbers with training
 
@@ -31,6 +32,9 @@ class EmojiSplit(EvaluationSplit):
         self.image_group_id, self.gallery_group_id = data.art.caption[drawings], captions
         flags = np.array([c.is_flag for c in data.art.captions])
         self.image_is_flag, self.gallery_is_flag = flags[self.image_group_id], flags[captions]
+        kinds = {kind: i for i, kind in enumerate(dict.fromkeys(c.subgroup for c in data.art.captions))}
+        category = np.array([kinds[c.subgroup] for c in data.art.captions], np.int64)
+        self.image_category, self.gallery_category = category[self.image_group_id], category[captions]
 
     def take(self, rows: np.ndarray) -> Batch:
         return self._data.plain_batch(self.drawings[rows], np.asarray(rows, np.int64))
@@ -49,9 +53,13 @@ class EmojiPairs(PairData):
 
     splits: dict[str, EmojiSplit]
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: CaptionTokenizer | None = None) -> None:
         section = recipe.data
+        token_limit(recipe)
+        if section.rand_augment.operations:
+            raise RecipeError("data.rand_augment is only for data.source: pairs; set data.rand_augment.operations to 0")
         self.section, self.seed, self.size = section, recipe.seed, recipe.model.image.size
+        self.normalisation = NORMALISATIONS[section.normalisation]
         self.art = load_art(self.size)
         captions, art = self.art.captions, self.art
         held = np.array([c.held_out for c in captions])
@@ -62,9 +70,10 @@ class EmojiPairs(PairData):
         self._may_mirror = np.array([c.may_mirror for c in captions])
         self._names_colour = np.array([c.names_colour for c in captions])
 
-        self.tokenizer = CaptionTokenizer.train(self.training_captions(), section.vocabulary_size)
-        names, tags = [split_words(c.name) for c in captions], [split_words(" ".join(c.tags)) for c in captions]
-        self.table = CaptionTable(self.tokenizer, names, tags, section.max_words)
+        self.tokenizer = tokenizer or open_tokenizer(section, self.training_captions())
+        split = self.tokenizer.split
+        names, tags = [split(c.name) for c in captions], [split(" ".join(c.tags)) for c in captions]
+        self.table = CaptionTable(self.tokenizer, names, tags, section.max_words, token_limit(recipe))
         self.max_tokens = self.table.max_tokens
         known, new = np.flatnonzero(~held), np.flatnonzero(held)
         self.splits = {
@@ -112,6 +121,7 @@ class EmojiPairs(PairData):
             "captions": len(self.art.captions),
             "training drawings": self.train_size,
             "training captions": len(set(self.train_group_id.tolist())),
+            "captions cut": int(self.table.is_cut.sum()),
             "vocabulary": self.tokenizer.vocabulary_size,
             "splits": {name: split.describe() for name, split in self.splits.items()},
             "licences": "Apache-2.0, MIT, CC-BY-4.0, Unicode-3.0; see engine/data/emoji_set/LICENSES.md",
@@ -154,7 +164,7 @@ class EmojiPairs(PairData):
         drop = 0.0 if draws.epoch == _EVALUATION else section.word_drop
         texts = self.table.assemble(phrases, count, drop, lambda n: draws.uniform("words", n))
         return Batch(
-            images=images.sub_(IMAGE_MEAN).div_(IMAGE_STD),
+            images=self.normalisation.apply_(images),
             token_ids=texts.token_ids,
             token_mask=texts.token_mask,
             maskable=texts.maskable,

@@ -1,218 +1,169 @@
-"""A user's own pairs: a JSONL or CSV file with the columns image and caption, and a folder of images.
+"""A user's own pairs of images and captions: what is trained on and what is evaluated.
 
-Optional columns: ``group`` (pairs that are true matches of one another; without it, pairs with the same caption) and
-``category``. Everything cheap is checked when the file is read; images are decoded when they are needed.
+Everything cheap is checked when the pairs are read; images are decoded when they are needed.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import os
-import warnings
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..beats import beat
-from ..errors import DataError, RecipeError, nearest
-from ..recipe import Recipe
-from .base import IMAGE_MEAN, IMAGE_STD, CaptionBatch, EvaluationSplit, PairData
+from ..errors import DataError, RecipeError
+from ..recipe import DataSection, Recipe
+from .base import ALL, CaptionBatch, EvaluationSplit, PairData
 from .batch import Batch
-from .captions import CaptionTable
-from .randomness import uniform
+from .captions import CaptionTable, token_limit
+from .normalisation import NORMALISATIONS
+from .pair_files import SPLITS, UNDECIDED, PairTable, read_pairs
+from .pair_groups import held_out, true_matches
+from .pictures import Chances, augmented, read_picture, square
+from .randomness import Draws
 from .tokenizer import FUNCTION_WORDS, CaptionTokenizer, split_words
 
-MAX_PIXELS = 64 * 2**20  # a larger image is refused before it is decoded
-MIN_CROP_AREA = 0.5  # captions name whole things; ALBEF's 0.2 would often cut them away
+TRAIN, VAL, TEST = SPLITS["train"], SPLITS["val"], SPLITS["test"]
+VALIDATION, HELD_OUT, UNUSED, WHOLE = 3, 4, 5, 6  # further parts of the pairs
 _SIDES = frozenset({"left", "right", "leftmost", "rightmost", "text", "letter", "letters", "sign", "clock", "logo"})
-# An oversized image is an error of ours (MAX_PIXELS), so Pillow's warning would only be a second, less useful line.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-@dataclass(frozen=True)
-class Pair:
-    line: int  # in the file, from 1
-    image: Path  # resolved
-    caption: str
-    group: str | None
-    category: str | None
-
-
-def read_pairs(path: Path | None, image_root: Path | None) -> list[Pair]:
-    """Read and check the file. DataError names the line and what to do; image contents are not looked at."""
-    if path is None:
-        raise DataError("data.path is not set; set it to a .jsonl or .csv file with the columns image and caption")
-    if path.suffix.lower() not in (".jsonl", ".csv"):
-        raise DataError(f"{path}: data.path must end in .jsonl or .csv")
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such file; set data.path to a .jsonl or .csv file with the columns image and caption"
-        )
-    root = (image_root or path.parent).resolve()
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; set data.image_root to the folder the image paths are relative to")
-    pairs: list[Pair] = []
-    first_line: dict[tuple[Path, str], int] = {}
-    try:
-        for line, row in _rows(path):
-            beat("reading the captions")
-            pair = _pair(path, root, line, row)
-            earlier = first_line.setdefault((pair.image, pair.caption), line)
-            if earlier != line:
-                raise DataError(f"{path} line {line}: the same image and caption as line {earlier}; remove one of them")
-            pairs.append(pair)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except csv.Error as error:
-        raise DataError(f"{path}: not readable as CSV ({error}); check its quotes") from None
-    if not pairs:
-        raise DataError(f"{path}: no pairs in it; each line needs an image and a caption")
-    return pairs
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(file)
-            _columns(path, 1, list(reader.fieldnames or []))
-            for row in reader:
-                yield reader.line_num, {str(k): v for k, v in row.items()}
-            return
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", type(error).__name__)
-                raise DataError(
-                    f'{path} line {line}: not JSON ({reason}); expected {{"image": ..., "caption": ...}}'
-                ) from None
-            if not isinstance(row, dict):
-                raise DataError(f'{path} line {line}: not a JSON object; expected {{"image": ..., "caption": ...}}')
-            _columns(path, line, list(row))
-            yield line, row
-
-
-def _columns(path: Path, line: int, present: list[str]) -> None:
-    for column in ("image", "caption"):
-        if column not in present:
-            near = nearest(column, [str(name) for name in present])
-            remedy = f"rename '{near}' to '{column}'" if near else f"add it (found: {', '.join(present) or 'nothing'})"
-            raise DataError(f"{path} line {line}: no column '{column}'; {remedy}")
-
-
-def _pair(path: Path, root: Path, line: int, row: dict[str, object]) -> Pair:
-    where = f"{path} line {line}"
-    value: dict[str, str | None] = {}
-    for column in ("image", "caption", "group", "category"):
-        content = row.get(column)
-        if isinstance(content, int) and not isinstance(content, bool) and column in ("group", "category"):
-            content = str(content)
-        if content is not None and not isinstance(content, str):
-            raise DataError(f"{where}: '{column}' is {json.dumps(content)[:40]}; it must be text")
-        value[column] = content.strip() or None if content else None
-    name, caption = value["image"], value["caption"]
-    if name is None:
-        raise DataError(f"{where}: the image is empty; give its path relative to {root}")
-    if caption is None:
-        raise DataError(f"{where}: the caption is empty; write one or remove the line")
-    try:
-        image = (root / name).resolve()
-        exists = image.is_file()
-    except (OSError, ValueError, RuntimeError):  # a name with NUL, too long, or a loop of links
-        raise DataError(f"{where}: {name[:80]!r} is not a usable file name; correct it or remove the line") from None
-    if not image.is_relative_to(root):
-        raise DataError(f"{where}: image {name} lies outside {root}; move it there or set data.image_root")
-    if not exists:
-        raise DataError(f"{where}: no image {image}; correct the path or set data.image_root (now {root})")
-    return Pair(line, image, caption, value["group"], value["category"])
-
-
-def held_out(pairs: list[Pair], keys: list[str], fraction: float) -> np.ndarray:
-    """(N,) bool: which pairs are held out, decided by the CRC-32 of their key (the group, or else the caption).
-
-    Pairs that share a key or an image stay on one side. Neither side is left empty by chance.
-    """
-    parent: dict[object, object] = {}
-
-    def find(node: object) -> object:
-        while parent.setdefault(node, node) != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for pair, key in zip(pairs, keys, strict=True):
-        parent[find(pair.image)] = find(key)
-    lowest: dict[object, str] = {}
-    roots = [find(key) for key in keys]
-    for root, key in zip(roots, keys, strict=True):
-        lowest[root] = min(key, lowest.get(root, key))
-    chance = {root: zlib.crc32(key.encode()) / 2**32 for root, key in lowest.items()}
-    out = np.array([chance[root] < fraction for root in roots])
-    if fraction > 0 and len(chance) > 1 and (not out.any() or out.all()):
-        extreme = (max if out.all() else min)(chance, key=lambda root: chance[root])
-        out = np.array([(root == extreme) != out.all() for root in roots])
-    return out
+UNKNOWN_SHARE = 0.2  # of the captions' words: from there on the vocabulary is named; bert-base-uncased's misses few
+_BEAT_EVERY = 4096  # captions
 
 
 class FilePairs(PairData):
-    """Whole images, resized to a square as ALBEF does; training crops, mirrors and changes the light."""
+    """Each image with each of its captions is a pair; images are squeezed to a square, as ALBEF does.
 
-    def __init__(self, recipe: Recipe) -> None:
-        section = recipe.data
-        if section.scenes.fraction > 0:
-            raise RecipeError("data.scenes.fraction is only for data.source: emoji; set it to 0")
+    What matches what: :func:`true_matches`. Evaluated is the first that there is of ``data.validation_path``, the val
+    and test splits of Karpathy's layout, and the share ``data.validation_fraction`` of the groups. With the tokenizer
+    of a trained model nothing is trained on: training pairs are not read, nor are their images needed, and in place of
+    that share all of ``data.path`` is evaluated.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: CaptionTokenizer | None = None) -> None:
+        """``tokenizer``: of a trained model; the pairs are then only evaluated on."""
+        section, limit = recipe.data, token_limit(recipe)
+        _check(section)
         self.section, self.seed, self.size = section, recipe.seed, recipe.model.image.size
-        self.pairs = read_pairs(section.path, section.image_root)
-        words = [split_words(pair.caption) for pair in self.pairs]
-        for pair, caption in zip(self.pairs, words, strict=True):
-            if FUNCTION_WORDS.issuperset(caption[: section.max_words]):
-                raise DataError(
-                    f"{section.path}: the caption of line {pair.line} ({pair.caption[:40]!r}) has no word that can be"
-                    " masked; write a longer one or remove the line"
-                )
-        keys = [f"group {p.group}" if p.group else " ".join(w) for p, w in zip(self.pairs, words, strict=True)]
-        number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        self._group = np.array([number[key] for key in keys], np.int64)
-        out = held_out(self.pairs, keys, section.validation_fraction)
-        self.train = np.flatnonzero(~out)
-        if not len(self.train):
-            raise DataError(
-                f"{section.path}: nothing is left to train on; add pairs or set data.validation_fraction to 0"
-            )
-        self.train_size, self.train_group_id = len(self.train), self._group[self.train]
-        self._texts = sorted({" ".join(words[i]) for i in self.train.tolist()})
-        self.tokenizer = CaptionTokenizer.train(self._texts, section.vocabulary_size)
-        self.table = CaptionTable(self.tokenizer, words, [()] * len(words), section.max_words)
+        self.normalisation = NORMALISATIONS[section.normalisation]
+        given = tokenizer
+        if given is None and section.vocabulary is not None:
+            given = CaptionTokenizer.from_vocabulary(section.vocabulary)
+        self.pairs, part, notices = _read(section) if tokenizer is None else _read_evaluated(section)
+        texts = _words(self.pairs, given)
+        self._group, names = true_matches(self.pairs, texts)
+        undecided = np.flatnonzero(part == UNDECIDED)
+        out = held_out(self._group[undecided], [names[row] for row in undecided.tolist()], section.validation_fraction)
+        decided = bool(np.isin(part, (VAL, TEST, VALIDATION)).any())
+        part[undecided] = np.where(out & (not decided), HELD_OUT, TRAIN)
+        own = np.array([not source.by_image for source in self.pairs.sources])[self.pairs.source]
+        if tokenizer is None:
+            self._refuse_wordless(np.flatnonzero(own & np.isin(part, (TRAIN, HELD_OUT))), texts, given)
+        train = np.flatnonzero(part == TRAIN)
+
+        self._texts = sorted({texts[row] for row in train.tolist()})
+        self.tokenizer = given or CaptionTokenizer.train(self._texts, section.vocabulary_size)
+        words = (text.split(" ") if text else [] for text in texts)
+        self.table = CaptionTable(self.tokenizer, words, None, section.max_words, limit)
         self.max_tokens = self.table.max_tokens
-        bare = self.train[self.table.maskable_words()[self.train] == 0]
-        if len(bare):
-            line, size = self.pairs[bare[0]].line, section.vocabulary_size
-            raise DataError(
-                f"{section.path}: caption of line {line} has no word that can be masked: its letters are not among"
-                f" the {size} tokens of the vocabulary; raise data.vocabulary_size"
-            )
-        self._sided = np.array([not _SIDES.isdisjoint(w) for w in words])
+        self._sided = np.array([not _SIDES.isdisjoint(text.split(" ")) for text in texts])
+        left_out: list[str] = []
+        if tokenizer is None:
+            meant = train
+            train, left_out = self._with_words(meant, own)
+            if not len(train):
+                raise self._nothing_left(len(meant), decided)
+            left_out += self._unknown(meant)
+        self.train = train
+        self.train_size, self.train_group_id = len(self.train), self._group[self.train]
+        self._category = _numbered(self.pairs.categories)
         self._decoders: ThreadPoolExecutor | None = None
-        self.splits = {"held-out": FileSplit("held-out captions", self, np.flatnonzero(out))} if out.any() else {}
+        self.splits = splits = {
+            name: FileSplit(title, self, np.flatnonzero(part == number))
+            for number, name, title in (
+                (VALIDATION, "validation", str(section.validation_path)),
+                (VAL, "val", "Karpathy's val split"),
+                (TEST, "test", "Karpathy's test split"),
+                (HELD_OUT, "held-out", "held-out captions"),
+                (WHOLE, ALL, f"all {len(self.pairs):,} pairs of {section.path}"),
+            )
+            if (part == number).any()
+        }
+        overlap = self._overlap(splits) if tokenizer is None else []
+        self._notices = [*self.pairs.notices, *notices, *left_out, *overlap]
+
+    def _refuse_wordless(self, rows: np.ndarray, texts: list[str], given: CaptionTokenizer | None) -> None:
+        words = FUNCTION_WORDS if given is None else given.function_words
+        count = self.section.max_words
+        for row in rows.tolist():
+            if not texts[row] or (words and words.issuperset(texts[row].split(" ", count)[:count])):
+                raise self._wordless(row, "; write a longer one or remove it")
+
+    def _wordless(self, row: int, remedy: str) -> DataError:
+        caption = f"{self.pairs.where(row)}: the caption {self.pairs.captions[row][:40]!r}"
+        return DataError(f"{caption} has no word that can be masked{remedy}")
+
+    def _with_words(self, train: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """The rows of ``train`` whose caption has a word that can be masked. Without one, a line of a user's ``own``
+        (N,) is an error; a benchmark's, which nobody would edit, is left out with a notice."""
+        bare = train[self.table.maskable_words()[train] == 0]
+        for row in bare[own[bare]][:1].tolist():
+            size, given = self.tokenizer.vocabulary_size, self.section.vocabulary
+            of, remedy = "the vocabulary", "raise data.vocabulary_size"
+            if given is not None:
+                of, remedy = str(given), "set data.vocabulary to one that knows its words"
+            raise self._wordless(row, f" with the {size} tokens of {of}, or not before it is cut; {remedy} or raise"
+                                 " data.max_tokens")  # fmt: skip
+        if not len(bare):
+            return train, []
+        first = self.pairs.where(int(bare[0]))
+        line = f"pairs left out of the training, without a word that can be masked: {len(bare)}, the first {first}"
+        return np.setdiff1d(train, bare), [line]
+
+    def _nothing_left(self, found: int, decided: bool) -> DataError:
+        """``found`` pairs were to be trained on; ``decided``: by the file, not by a share that is held out."""
+        path, given = self.section.path, self.section.vocabulary
+        problem, remedy = "nothing is left to train on", "add pairs or set data.validation_fraction to 0"
+        if found and given is not None:
+            remedy = "set data.vocabulary to a vocab.txt of their language"
+            problem = f"{given} knows no word of its {found:,} training captions"
+        elif found:
+            problem = f"none of its {found:,} training captions has a word that can be masked"
+            remedy = "raise data.vocabulary_size or data.max_tokens"
+        elif decided and self.pairs.sources[0].layout == "karpathy":
+            problem += ", all of its images are in the splits val and test"
+            remedy = "give a file with images in the split train or restval"
+        return DataError(f"{path}: {problem}; {remedy}")
+
+    def _unknown(self, train: np.ndarray) -> list[str]:
+        """A given vocabulary that fits the captions badly is most likely another one than was meant."""
+        share = self.table.unknown_share(train)
+        if self.section.vocabulary is None or share < UNKNOWN_SHARE:
+            return []
+        line = f"{100 * share:.0f} % of the words of the training captions are unknown to {self.section.vocabulary}"
+        return [f"{line}: is data.vocabulary of their language?"]
+
+    def _overlap(self, splits: Mapping[str, FileSplit]) -> list[str]:
+        trained = np.zeros(len(self.pairs.images), bool)
+        trained[self.pairs.image[self.train]] = True
+        lines = []
+        for name, split in splits.items():
+            if count := int(trained[split.images_of].sum()):
+                share = f"{count} of the {split.image_count} images of split {name}"
+                lines.append(f"{share} are trained on, too: their recalls do not speak of new images")
+        return lines
 
     def train_batch(self, indices: np.ndarray, epoch: int, truth: bool = False) -> Batch:
         indices = np.asarray(indices, np.int64)
-        luck = uniform(self.seed, epoch, indices, "crop", 7)
-        batch = self.load(self.train[indices], indices, luck if self.section.augment else None)
+        draws = Draws(self.seed, epoch, indices)
+        chances = Chances(draws, self.section) if self.section.augment else None
+        batch = self.load(self.train[indices], indices, chances)
         if self.section.word_drop > 0:
             phrases = self.table.whole(self.train[indices])
-            draw = lambda n: uniform(self.seed, epoch, indices, "words", n)  # noqa: E731
+            draw = lambda n: draws.uniform("words", n)  # noqa: E731
             texts = self.table.assemble(phrases, len(indices), self.section.word_drop, draw)
             batch = Batch(batch.images, texts.token_ids, texts.token_mask, texts.maskable, batch.group_id, batch.index)
         return batch
@@ -221,40 +172,44 @@ class FilePairs(PairData):
         return self._texts
 
     def name_of(self, index: int) -> str:
-        assert self.section.path is not None
-        return f"{self.section.path.name} line {self.pairs[self.train[index]].line}"
+        return self.pairs.where(int(self.train[index]), short=True)
 
     def fingerprint(self) -> str:
-        images = "\n".join(str(self.pairs[row].image) for row in self.train.tolist())
+        images = "\n".join(self.pairs.images[image] for image in self.pairs.image[self.train].tolist())
         return hashlib.sha256((super().fingerprint() + images).encode()).hexdigest()
+
+    def notices(self) -> list[str]:
+        return self._notices
 
     def describe(self) -> dict[str, object]:
         return {
-            "source": f"pairs: {self.section.path}",
+            "source": "pairs: " + ", ".join(str(source.path) for source in self.pairs.sources),
             "pairs": len(self.pairs),
-            "images": len({pair.image for pair in self.pairs}),
+            "images": len(self.pairs.images),
             "groups": int(self._group.max()) + 1,
             "training pairs": self.train_size,
+            "captions cut": int(self.table.is_cut.sum()),
             "vocabulary": self.tokenizer.vocabulary_size,
             "splits": {name: split.describe() for name, split in self.splits.items()},
+            "notices": self._notices,
         }
 
-    def load(self, rows: np.ndarray, index: np.ndarray, luck: np.ndarray | None) -> Batch:
-        """Pairs ``rows`` of the file; ``luck`` (B, 7) in [0, 1) augments, None takes the whole image as it is."""
+    def load(self, rows: np.ndarray, index: np.ndarray, chances: Chances | None) -> Batch:
+        """Pairs ``rows`` of the table; ``chances`` augments them, None takes the whole images as they are."""
         if self._decoders is None:
             self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode")
-        chances = [None] * len(rows) if luck is None else list(luck)
-        pixels = torch.stack(list(self._decoders.map(self._picture, rows.tolist(), chances)))
+        places = range(len(rows))
+        pixels = torch.stack(list(self._decoders.map(lambda at: self._picture(int(rows[at]), at, chances), places)))
         images = pixels.permute(0, 3, 1, 2).float().div_(255)
-        if luck is not None:
+        if chances is not None and not self.section.rand_augment.operations:  # which changes the light itself
             contrast, brightness = (
-                torch.from_numpy(1 + self.section.augment * (0.4 * luck[:, i] - 0.2)).float()[:, None, None, None]
-                for i in (5, 6)
+                torch.from_numpy(1 + self.section.augment * (0.4 * luck - 0.2)).float()[:, None, None, None]
+                for luck in (chances.contrast, chances.brightness)
             )
             images = (((images - 0.5) * contrast + 0.5) * brightness).clamp_(0, 1)
         texts = self.table.assemble(self.table.whole(rows), len(rows))
         return Batch(
-            images=images.sub_(IMAGE_MEAN).div_(IMAGE_STD).contiguous(),
+            images=self.normalisation.apply_(images).contiguous(),
             token_ids=texts.token_ids,
             token_mask=texts.token_mask,
             maskable=texts.maskable,
@@ -262,66 +217,112 @@ class FilePairs(PairData):
             index=torch.from_numpy(index.copy()),
         )
 
-    def _picture(self, row: int, luck: np.ndarray | None) -> Tensor:
-        """(S, S, 3) uint8."""
-        pair, size = self.pairs[row], (self.size, self.size)
-        where = f"{self.section.path} line {pair.line}"
-        try:
-            with Image.open(pair.image) as file:
-                if file.width * file.height > MAX_PIXELS:
-                    raise DataError(f"{where}: image {pair.image} has {file.width} x {file.height} pixels, more than"
-                                    f" {MAX_PIXELS >> 20} million; make it smaller or remove the line")  # fmt: skip
-                image: Image.Image = ImageOps.exif_transpose(file)
-                image = on_white(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = (
-                "it is not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0]
-            )
-            raise DataError(
-                f"{where}: cannot read image {pair.image}: {reason}; replace it, or remove the line and start again"
-            ) from None
-        width, height, box = *image.size, None
-        if luck is not None:
-            strength = self.section.augment
-            area = 1 - strength * (1 - MIN_CROP_AREA) * (1 - luck[0])
-            aspect = (4 / 3) ** (strength * (2 * luck[1] - 1))
-            w, h = width * min(1.0, (area * aspect) ** 0.5), height * min(1.0, (area / aspect) ** 0.5)
-            x, y = luck[2] * (width - w), luck[3] * (height - h)
-            box = (x, y, x + w, y + h)
-        image = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-        if luck is not None and luck[4] < 0.5 and self.section.mirror and not self._sided[row]:
-            image = ImageOps.mirror(image)
+    def _picture(self, row: int, at: int, chances: Chances | None) -> Tensor:
+        """(S, S, 3) uint8: the image of pair ``row``, augmented by the chances of sample ``at``."""
+        image = read_picture(self.pairs.images[self.pairs.image[row]], self.pairs.where(row))
+        if chances is None:
+            image = square(image, self.size)
+        else:
+            image = augmented(image, self.size, self.section, chances, at, may_mirror=not self._sided[row])
         return torch.from_numpy(np.array(image))
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    """RGB, transparency on white; 16-bit greys are scaled, not clipped."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def _check(section: DataSection) -> None:
+    if section.scenes.fraction > 0:
+        raise RecipeError("data.scenes.fraction is only for data.source: emoji; set it to 0")
+    if section.rand_augment.operations and not section.augment:
+        raise RecipeError(
+            f"data.rand_augment.operations is {section.rand_augment.operations}, but data.augment: 0 leaves images as"
+            " they are; set one of them to 0 and the other not"
+        )
+
+
+def _read(section: DataSection) -> tuple[PairTable, np.ndarray, list[str]]:
+    """The pairs of all files, (N,) which part each belongs to, and what the user should know."""
+    pairs = read_pairs(section.path, section.image_root)
+    notices: list[str] = []
+    part = pairs.split.copy()
+    if section.validation_path is None:
+        return pairs, part, notices
+    field = "data.validation_path"
+    other = read_pairs(section.validation_path, section.image_root, field)
+    more = np.where(other.split == UNDECIDED, VALIDATION, other.split)
+    if (more == TRAIN).all():
+        raise DataError(f"{section.validation_path}: neither val nor test images in it; give another {field}")
+    for whole, mine, unused, path in ((pairs, part, (VAL, TEST), section.path), (other, more, (TRAIN,), field)):
+        left = np.isin(mine, unused)
+        if left.any():
+            images = len(np.unique(whole.image[left]))
+            notices.append(f"not used, with {field}: {images} {'/'.join(_names(mine[left]))} images of {path}")
+        mine[left] = UNUSED
+    return pairs.joined(other), np.concatenate([part, more.astype(np.int8)]), notices
+
+
+def _read_evaluated(section: DataSection) -> tuple[PairTable, np.ndarray, list[str]]:
+    """As :func:`_read`, but only what a trained model is evaluated on."""
+    path, rest, field = section.path, WHOLE, "data.path"
+    if section.validation_path is not None:
+        path, rest, field = section.validation_path, VALIDATION, "data.validation_path"
+    pairs = read_pairs(path, section.image_root, field, training=False)
+    return pairs, np.where(pairs.split == UNDECIDED, rest, pairs.split).astype(np.int8), []
+
+
+def _names(parts: np.ndarray) -> list[str]:
+    return [name for name, number in SPLITS.items() if number in parts]
+
+
+def _words(pairs: PairTable, tokenizer: CaptionTokenizer | None) -> list[str]:
+    """Every caption's words with a space between; equal ones are one string."""
+    split = split_words if tokenizer is None else tokenizer.split
+    known: dict[str, str] = {}
+    texts = []
+    for row, caption in enumerate(pairs.captions):
+        if row % _BEAT_EVERY == 0:
+            beat("splitting the captions into words")
+        words = " ".join(split(caption))
+        texts.append(known.setdefault(words, words))
+    return texts
+
+
+def _numbered(categories: list[str | None]) -> np.ndarray | None:
+    """(N,) int64 from 0, -1 for None; None where there is no category at all."""
+    number = {name: i for i, name in enumerate(dict.fromkeys(name for name in categories if name is not None))}
+    if not number:
+        return None
+    return np.array([-1 if name is None else number[name] for name in categories], np.int64)
 
 
 class FileSplit(EvaluationSplit):
-    """Held-out pairs; the gallery is their distinct captions."""
+    """Every image of some rows once, and their captions: all in a benchmark's layout, else the distinct of each group.
+
+    A query's right answers are those of its group: in a benchmark's layout the captions that were written for the
+    image, even where another image has one in the same words.
+    """
 
     def __init__(self, title: str, data: FilePairs, rows: np.ndarray) -> None:
-        self.title, self._data, self.rows = title, data, rows
-        distinct = {(data._group[row], data.pairs[row].caption.lower()): row for row in rows.tolist()[::-1]}
-        self._captions = np.array(sorted(distinct.values()), np.int64)
-        self.image_group_id, self.gallery_group_id = data._group[rows], data._group[self._captions]
-        self.image_is_flag = np.zeros(len(rows), bool)
-        self.gallery_is_flag = np.zeros(len(self._captions), bool)
+        pairs, group = data.pairs, data._group
+        images, first = np.unique(pairs.image[rows], return_index=True)
+        order = first.argsort()
+        self.title, self._data = title, data
+        self.images_of, self.rows = images[order], rows[first[order]]  # (N,) of the table, the pair each is first in
+        kept: dict[tuple[int, str], int] = {}
+        for row in rows.tolist():
+            own = str(row) if pairs.sources[pairs.source[row]].by_image else f" {pairs.captions[row].lower()}"
+            kept.setdefault((int(group[row]), own), row)
+        self.caption_rows = np.array(sorted(kept.values()), np.int64)
+        self.image_group_id, self.gallery_group_id = group[self.rows], group[self.caption_rows]
+        self.image_is_flag = np.zeros(len(self.rows), bool)
+        self.gallery_is_flag = np.zeros(len(self.caption_rows), bool)
+        if data._category is not None:
+            self.image_category, self.gallery_category = data._category[self.rows], data._category[self.caption_rows]
 
     def take(self, rows: np.ndarray) -> Batch:
         return self._data.load(self.rows[rows], np.asarray(rows, np.int64), None)
 
     def gallery(self, batch_size: int) -> Iterator[CaptionBatch]:
         table = self._data.table
-        for start in range(0, len(self._captions), batch_size):
-            rows = self._captions[start : start + batch_size]
+        for start in range(0, len(self.caption_rows), batch_size):
+            rows = self.caption_rows[start : start + batch_size]
             texts = table.assemble(table.whole(rows), len(rows))
             group, index = torch.from_numpy(self._data._group[rows]), torch.arange(start, start + len(rows))
             yield CaptionBatch(texts.token_ids, texts.token_mask, texts.maskable, group, index)

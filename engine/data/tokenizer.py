@@ -1,4 +1,7 @@
-"""A WordPiece vocabulary trained on the captions at hand: nothing is downloaded, and a run folder can hold it."""
+"""Captions as word pieces, of a vocabulary trained on the captions at hand or of one that is given.
+
+Nothing is downloaded, and a run folder holds whichever it is.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,12 @@ from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..recipe import DataSection
+from .vocabulary import UNUSED, bert_tokenizer, caption_words, read_vocabulary
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# Words that say nothing about a picture: readable, but never masked. Without this they are the commonest target.
+# Words that say nothing about a picture: readable, but never masked. Without this they are the commonest target. A
+# given vocabulary comes with a model that was trained to predict all words, so there they are masked like the others.
 FUNCTION_WORDS = frozenset(
     ("a", "an", "and", "the", "of", "in", "on", "at", "to", "for", "with", "by", "or", "from", "as", "is", "it", "its")
 )
@@ -45,18 +51,37 @@ def split_words(text: str) -> list[str]:
 
 
 class CaptionTokenizer:
-    """Lower-case words without accents and punctuation, and words in pieces. Ids 0..4 are :data:`SPECIALS`."""
+    """Captions in lower-case words without accents, and words in pieces.
 
-    pad_id, unknown_id, cls_id, sep_id, mask_id = range(5)
+    Attributes:
+        pad_id, unknown_id, cls_id, sep_id, mask_id: ids of :data:`SPECIALS`; 0 to 4 in a trained vocabulary.
+        word_ids: (words,) int64 ascending, the ids of all other tokens but BERT's ``[unused0]`` and so on.
+        special_ids: the ids of :data:`SPECIALS`.
+        given: whether the vocabulary was given. Captions are then split as ALBEF does (:func:`caption_words`) and
+            their words in turn by BERT; else by :func:`split_words`.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        ids = tuple(tokenizer.token_to_id(token) for token in SPECIALS)
-        if ids != tuple(range(5)):
-            raise CheckpointError(
-                f"tokenizer.json is not a caption tokenizer: {' '.join(SPECIALS)} must have the ids 0 to 4"
-            )
+        vocabulary = tokenizer.get_vocab()
+        if missing := [token for token in SPECIALS if token not in vocabulary]:
+            raise CheckpointError(f"not a caption tokenizer, it has no {', '.join(missing)}")
+        ids = [vocabulary[token] for token in SPECIALS]
+        self.pad_id, self.unknown_id, self.cls_id, self.sep_id, self.mask_id = ids
+        self.special_ids = frozenset(ids)
+        self.given = isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+        words = (i for token, i in vocabulary.items() if i not in ids and not UNUSED.fullmatch(token))
+        self.word_ids = np.array(sorted(words), np.int64)
         self._tokenizer = tokenizer
         self._pieces: dict[str, tuple[int, ...]] = {}
+
+    @classmethod
+    def from_vocabulary(cls, path: Path) -> CaptionTokenizer:
+        """BERT's uncased tokenizer with the ids of a ``vocab.txt``, wherever its special tokens stand.
+
+        Raises:
+            DataError: the file is not such a vocabulary.
+        """
+        return cls._framed(bert_tokenizer(read_vocabulary(path, SPECIALS)))
 
     @classmethod
     def train(cls, captions: Iterable[str], vocabulary_size: int) -> CaptionTokenizer:
@@ -85,15 +110,30 @@ class CaptionTokenizer:
         tokenizer = Tokenizer(WordPiece(trained.get_vocab(), unk_token="[UNK]"))
         tokenizer.normalizer, tokenizer.pre_tokenizer = _NORMALIZER, _PRE_TOKENIZER
         tokenizer.decoder = decoders.WordPiece()
-        tokenizer.post_processor = BertProcessing(("[SEP]", cls.sep_id), ("[CLS]", cls.cls_id))
-        return cls(tokenizer)
+        return cls._framed(tokenizer)
+
+    @classmethod
+    def _framed(cls, tokenizer: Tokenizer) -> CaptionTokenizer:
+        """Whoever reads ``tokenizer.json`` elsewhere gets [CLS] and [SEP] too."""
+        framed = cls(tokenizer)
+        tokenizer.post_processor = BertProcessing(("[SEP]", framed.sep_id), ("[CLS]", framed.cls_id))
+        return framed
 
     @property
     def vocabulary_size(self) -> int:
         return int(self._tokenizer.get_vocab_size())
 
+    @property
+    def function_words(self) -> frozenset[str]:
+        """Words that are never masked."""
+        return frozenset() if self.given else FUNCTION_WORDS
+
+    def split(self, caption: str) -> list[str]:
+        """A caption as words, which ``data.max_words`` counts and :meth:`pieces` encodes; there may be none."""
+        return caption_words(caption) if self.given else split_words(caption)
+
     def pieces(self, word: str) -> tuple[int, ...]:
-        """Token ids of one word of :func:`split_words`; each distinct word is encoded once."""
+        """Token ids of one word of :meth:`split`; each distinct word is encoded once."""
         found = self._pieces.get(word)
         if found is None:
             found = self._pieces[word] = tuple(self._tokenizer.encode(word, add_special_tokens=False).ids)
@@ -127,3 +167,10 @@ class CaptionTokenizer:
             raise CheckpointError(
                 f"cannot read tokenizer {path}: {error}; copy it from the run it belongs to"
             ) from None
+
+
+def open_tokenizer(section: DataSection, captions: Iterable[str]) -> CaptionTokenizer:
+    """The recipe's: of ``data.vocabulary``, or else trained on ``captions``."""
+    if section.vocabulary is not None:
+        return CaptionTokenizer.from_vocabulary(section.vocabulary)
+    return CaptionTokenizer.train(captions, section.vocabulary_size)

@@ -63,8 +63,7 @@ def evaluate(
             return probe
         splits = {}
         for name, split in data.splits.items():
-            progress(f"retrieval: {split.title}")
-            splits[name] = evaluate_split(model, split, device, tau, recipe.evaluation.rerank)
+            splits[name] = retrieval(model, split, recipe, device, tau, progress)
     return {
         "splits": splits,
         "itm": {**matching["singles"], **({"scenes": matching["scenes"]} if "scenes" in matching else {})},
@@ -72,6 +71,22 @@ def evaluate(
         "machine": describe_machine(),
         "seed": recipe.seed,
     }
+
+
+def retrieval(
+    model: Any,
+    split: EvaluationSplit,
+    recipe: Recipe,
+    device: torch.device | str,
+    temperature: float,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """A split's entry of ``evaluation.json``, and word of how far it has come."""
+    heading = f"retrieval: {split.title}"
+    progress(heading)
+    return evaluate_split(
+        model, split, device, temperature, recipe.evaluation, recipe.seed, lambda text: progress(f"{heading}: {text}")
+    )
 
 
 def sample(split: EvaluationSplit, count: int, seed: int) -> Batch:

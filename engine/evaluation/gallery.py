@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.base import PairData, denormalise
+from ..data.base import PairData
 from ..data.batch import Batch
 from ..recipe import Recipe
 from .evaluate import frozen, sample
@@ -64,7 +64,7 @@ def _pairs(model: Any, batch: Batch, look: Look, data: PairData, device: torch.d
     assert statistics is not None
     assert statistics.key_attention is not None
     assert statistics.query_attention is not None
-    pixels = (denormalise(batch.images) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    pixels = (data.normalisation.undo(batch.images) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
     named = None
     if batch.things is not None:
         on = patch_coverage(batch.things, model.patch_grid) >= COVERAGE

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..data import CaptionTokenizer
-from ..data.base import denormalise
 from ..data.batch import Batch
+from ..data.normalisation import HALF, Normalisation
 from ..masking import MaskPlan
 
 SIDE, GAP, LINE, LETTERS = 168, 10, 19, 14  # pixels: an image, between images, a line of text, its letters
@@ -25,7 +25,13 @@ class Word:
     masked: bool
 
 
-def draw_masks(batch: Batch, plan: MaskPlan, grid: tuple[int, int], tokenizer: CaptionTokenizer) -> Image.Image:
+def draw_masks(
+    batch: Batch,
+    plan: MaskPlan,
+    grid: tuple[int, int],
+    tokenizer: CaptionTokenizer,
+    normalisation: Normalisation = HALF,
+) -> Image.Image:
     """All pairs of a batch side by side, further views of an image below the first, captions at the bottom."""
     captions = [wrapped(words(batch, plan, i, tokenizer), SIDE) for i in range(len(batch))]
     top = GAP + len(plan.images) * (SIDE + GAP)
@@ -34,14 +40,16 @@ def draw_masks(batch: Batch, plan: MaskPlan, grid: tuple[int, int], tokenizer: C
     for i, lines in enumerate(captions):
         left = GAP + i * (SIDE + GAP)
         for j, hidden in enumerate(plan.images):
-            sheet.paste(masked_image(batch.images[i], hidden[i], grid), (left, GAP + j * (SIDE + GAP)))
+            sheet.paste(masked_image(batch.images[i], hidden[i], grid, normalisation), (left, GAP + j * (SIDE + GAP)))
         _write(ImageDraw.Draw(sheet), lines, left, top)
     return sheet
 
 
-def masked_image(image: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Image.Image:
+def masked_image(
+    image: Tensor, hidden: Tensor, grid: tuple[int, int], normalisation: Normalisation = HALF
+) -> Image.Image:
     """A (3, H, W) image as the model reads it; the patches of ``hidden`` (P,) are greyed, and a grid lies over all."""
-    pixels = (denormalise(image) * 255).byte().permute(1, 2, 0).cpu().numpy()
+    pixels = (normalisation.undo(image) * 255).byte().permute(1, 2, 0).cpu().numpy()
     shown = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)).astype(np.float64)
     row, column = (np.minimum(np.arange(SIDE) * n // SIDE, n - 1) for n in grid)
     covered = hidden.reshape(grid).cpu().numpy()[row][:, column]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .orders import SCORES
 from .run_folder import Record, series
 
 if TYPE_CHECKING:
@@ -137,11 +138,14 @@ def rate_chart(train: Sequence[Record]) -> Figure | None:
     return _figure(draw, *SMALL)
 
 
-def retrieval_chart(splits: Mapping[str, Any], cut: str = "r1") -> Figure | None:
-    """Bars per split and direction: features alone, after re-ranking, and chance as a dark line across the group."""
-    if not splits:
-        return None
-    return _figure(lambda ax: _draw_retrieval(ax, splits, cut), *WIDE, grid_axis="y")
+def retrieval_chart(splits: Mapping[str, Any], cut: str = "r1", sampled: bool = False) -> Figure | None:
+    """Bars per split and direction: features alone, after re-ranking, and chance as a dark line across the group.
+
+    ``sampled``: of the sampled galleries, with their spread as whiskers; ``None`` where no split has any.
+    """
+    found = {name: split["sampled"] if sampled else split for name, split in splits.items()
+             if not sampled or split.get("sampled")}  # fmt: skip
+    return _figure(lambda ax: _draw_retrieval(ax, found, cut), *WIDE, grid_axis="y") if found else None
 
 
 def overview(train: Sequence[Record], probes: Sequence[Record]) -> Figure | None:
@@ -158,14 +162,14 @@ def overview(train: Sequence[Record], probes: Sequence[Record]) -> Figure | None
     from matplotlib.figure import Figure
 
     rows = -(-len(plots) // 3)
-    with _style():
+    with style():
         figure = Figure(figsize=(11, 2.5 * rows), layout="constrained")
         engine = figure.get_layout_engine()
         assert engine is not None
         engine.set(h_pad=0.12, w_pad=0.12)  # type: ignore[call-arg]
         for i, (title, draw) in enumerate(plots):
             ax = figure.add_subplot(rows, 3, i + 1)
-            _dress(ax)
+            dress(ax)
             draw(ax)
             ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=COLOURS["ink"])
     return figure
@@ -174,7 +178,7 @@ def overview(train: Sequence[Record], probes: Sequence[Record]) -> Figure | None
 def to_svg(figure: Figure, salt: str) -> str:
     """Inline SVG that fills its container and takes its colours from CSS variables. ``salt`` keeps ids apart."""
     buffer = io.StringIO()
-    with _style(**{"svg.hashsalt": salt}):
+    with style(**{"svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -189,7 +193,7 @@ def to_svg(figure: Figure, salt: str) -> str:
 
 def to_png(figure: Figure, dpi: int = DPI) -> bytes:
     buffer = io.BytesIO()
-    with _style():
+    with style():
         figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
@@ -246,20 +250,23 @@ def _draw_retrieval(ax: Axes, splits: Mapping[str, Any], cut: str) -> None:
     centre, width, top = 0.0, 0.36, 1.0
     for name, split in splits.items():
         for direction, arrow in (("i2t", "image→text"), ("t2i", "text→image")):
-            plain = split[direction][cut]
-            reranked = (split.get("reranked") or {}).get(direction)
-            bars = [("ITC features", plain, "c1")]
+            reranked = split.get("reranked")
+            bars = [("ITC features", split, "c1")]
             if reranked:
-                bars.append(("ITC + ITM on the leading ones", reranked[cut], "c2"))
-            for i, (label, value, colour) in enumerate(bars):
-                x = centre + (i - (len(bars) - 1) / 2) * width
-                ax.bar(x, value, width * 0.92, color=COLOURS[colour], label=label if not ticks else None)
+                bars.append((f"re-ranked by {SCORES[reranked.get('score', 'sum')]}", reranked, "c2"))
+            for i, (label, found, colour) in enumerate(bars):
+                x, value = centre + (i - (len(bars) - 1) / 2) * width, found[direction][cut]
+                error = found["spread"][direction][cut] if "spread" in found else None
+                ax.bar(
+                    x, value, width * 0.92, yerr=error, color=COLOURS[colour], label=label if not ticks else None,
+                    error_kw={"ecolor": COLOURS["ink"], "elinewidth": 1.2, "capsize": 3},
+                )  # fmt: skip
                 ax.annotate(
-                    f"{value:.1f}", (x, value), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8.5,
-                    color=COLOURS["ink"],
+                    f"{value:.1f}", (x, value + (error or 0.0)), xytext=(0, 3), textcoords="offset points", ha="center",
+                    fontsize=8.5, color=COLOURS["ink"],
                 )  # fmt: skip
                 top = max(top, value)
-            luck = split.get("chance", {}).get(direction, {}).get(cut, split["chance_r1"])
+            luck = split["chance"][direction][cut] if split.get("chance") else split["chance_r1"]
             ax.hlines(
                 luck, centre - width, centre + width, color=COLOURS["ink"], lw=2,
                 label="chance" if not ticks else "_", zorder=3,
@@ -277,15 +284,16 @@ def _draw_retrieval(ax: Axes, splits: Mapping[str, Any], cut: str) -> None:
 def _figure(draw: Callable[[Axes], None], width: float, height: float, grid_axis: str = "both") -> Figure:
     from matplotlib.figure import Figure
 
-    with _style():
+    with style():
         figure = Figure(figsize=(width, height), layout="constrained")
         ax = figure.add_subplot()
-        _dress(ax, grid_axis)
+        dress(ax, grid_axis)
         draw(ax)
     return figure
 
 
-def _dress(ax: Axes, grid_axis: str = "both") -> None:
+def dress(ax: Axes, grid_axis: str = "both") -> None:
+    """Give axes the house's looks: a light grid behind the data, no frame, few ticks."""
     from matplotlib.ticker import MaxNLocator
 
     ax.grid(True, axis=grid_axis, color=COLOURS["line"], lw=0.8)  # type: ignore[arg-type]
@@ -298,7 +306,8 @@ def _dress(ax: Axes, grid_axis: str = "both") -> None:
     ax.yaxis.set_major_locator(MaxNLocator(5))
 
 
-def _style(**more: Any) -> Any:
+def style(**more: Any) -> Any:
+    """A context with the settings every figure is drawn and saved under; ``more``: further ones of matplotlib's."""
     import matplotlib as mpl
 
     settings: dict[Any, Any] = {"svg.fonttype": "none", "font.size": 9, "text.color": COLOURS["ink"], **more}

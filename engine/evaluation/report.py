@@ -12,9 +12,10 @@ from ..atomic import replace_file, writing_to
 from ..errors import CheckpointError
 from . import plots
 from .matching import ITM_PRIOR
-from .retrieval import CUTS
+from .orders import SCORES, orders
+from .ranking import CUTS, rsum
 from .run_folder import Record, Run, read_run, series
-from .summary import DIRECTIONS
+from .summary import legend
 
 TEMPLATES = Path(__file__).parent / "templates"
 EMOJI_SOURCES = (
@@ -37,6 +38,7 @@ def build_report(run_dir: Path | str) -> Path:
     import jinja2
 
     run = read_run(run_dir)
+    splits = run.evaluation.get("splits", {})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -50,8 +52,11 @@ def build_report(run_dir: Path | str) -> Path:
         cards=_cards(run),
         selectivity=_selectivity(run),
         losses=_losses(run),
-        retrieval=_svg(plots.retrieval_chart(run.evaluation.get("splits", {})), "retrieval"),
-        rows=_rows(run.evaluation.get("splits", {})),
+        retrieval=_svg(plots.retrieval_chart(splits), "retrieval"),
+        sampled=_svg(plots.retrieval_chart(splits, sampled=True), "sampled"),
+        sampled_size=next((1 + split["sampled"]["negatives"] for split in splits.values() if split.get("sampled")), 0),
+        rows=_rows(splits),
+        legend=legend(splits),
         cuts=CUTS,
         pairs=_pairs(run),
         scale=plots.heat_scale([pair["attention"] for pair in run.gallery.get("pairs", [])]),
@@ -68,7 +73,7 @@ def build_report(run_dir: Path | str) -> Path:
 
 
 def save_pictures(run_dir: Path | str, dest: Path | str) -> list[Path]:
-    """Write ``curves.png``, ``retrieval.png`` and ``masks.png`` for a README; those without data are left out.
+    """Write ``curves.png``, ``retrieval.png``, ``sampled.png`` and ``masks.png`` for a README; not without data.
 
     Raises:
         CheckpointError: not a run folder, nothing in it to draw, or ``dest`` cannot be written.
@@ -79,6 +84,7 @@ def save_pictures(run_dir: Path | str, dest: Path | str) -> list[Path]:
     pictures = {
         "curves.png": plots.overview(run.train, run.probes),
         "retrieval.png": plots.retrieval_chart(run.evaluation.get("splits", {})),
+        "sampled.png": plots.retrieval_chart(run.evaluation.get("splits", {}), sampled=True),
         "masks.png": mask_picture(run.path, run.gallery),
     }
     if not any(pictures.values()):
@@ -141,14 +147,17 @@ def _cards(run: Run) -> list[dict[str, Any]]:
         r1, luck = split["i2t"]["r1"], split["chance_r1"]
         best, how = r1, "features alone"
         if split.get("reranked") and split["reranked"]["i2t"]["r1"] > r1:
-            best, how = split["reranked"]["i2t"]["r1"], f"ITC with ITM, {r1:.1f} % by ITC alone"
+            by = SCORES[split["reranked"].get("score", "sum")]
+            best, how = split["reranked"]["i2t"]["r1"], f"{by}, {r1:.1f} % by ITC alone"
         cards.append(
             {
                 "title": f"({name}) {split['title']}",
                 "label": f"image→text R@1, {how}",
                 "value": f"{best:.1f}",
                 "unit": "%",
-                "note": f"chance {luck:.2g} %" + (f", {best / luck:,.0f} times that" if best > luck > 0 else ""),
+                "note": f"chance {luck:.2g} %"
+                + (f", {best / luck:,.0f} times that" if best > luck > 0 else "")
+                + f"; sum of all six recalls {max(rsum(split), rsum(split.get('reranked') or split)):.1f}",
                 "mood": _mood(best - luck, max(1.0, luck)),
             }
         )
@@ -227,25 +236,19 @@ def _losses(run: Run) -> list[dict[str, str]]:
 def _rows(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, split in splits.items():
-        for direction, words in DIRECTIONS.items():
-            kinds: list[tuple[str, Any]] = [("ITC features", split[direction])]
-            reranked = split.get("reranked")
-            if reranked:
-                kinds.append((f"top {reranked.get('candidates', '')} by ITC and ITM", reranked[direction]))
-                if "itm" in reranked:
-                    kinds.append(("the same by ITM alone", reranked["itm"][direction]))
-            if split.get("without_flags"):
-                kinds.append(("without flags", split["without_flags"][direction]))
-            if split.get("chance"):
-                kinds.append(("chance", split["chance"][direction]))
-            for i, (kind, values) in enumerate(kinds):
-                rows.append(
-                    {
-                        "split": f"({name}) {split['title']}", "direction": words, "kind": kind, "first": i == 0,
-                        "span": len(kinds), "values": [f"{values[f'r{k}']:.2f}" for k in CUTS],
-                        "size": f"{split['images']:,} images, {split['captions']:,} captions",
-                    }
-                )  # fmt: skip
+        lines = list(orders(split))
+        for i, order in enumerate(lines):
+            values = [
+                f"{value:.2f}" if spread is None else f"{value:.1f} ± {spread:.1f}"
+                for value, spread in zip(order.values(), order.spreads(), strict=True)
+            ]
+            rows.append(
+                {
+                    "split": f"({name}) {split['title']}", "kind": order.name, "first": i == 0, "span": len(lines),
+                    "values": values,
+                    "size": f"{split['images']:,} images, {split['captions']:,} captions",
+                }
+            )  # fmt: skip
     return rows
 
 

@@ -1,142 +1,60 @@
-"""Image–text retrieval: recall at 1, 5 and 10, from features alone and after re-ranking by the match head.
+"""Image–text retrieval on one split: full and sampled galleries, by features and after re-ranking by the match head.
 
-A caption can belong to several images, so hits are counted by ``group_id``: an image's query is answered by any caption
-of its group, a caption's query by any image of its group. Captions without an image are candidates but ask nothing.
+Re-ranking takes a query's best candidates by feature similarity and orders them by what the fusion encoder and its
+match head say of each pair. ``evaluation.rerank_score`` chooses by what exactly, and one choice is as published:
 
-Ties are counted against the model: a wrong candidate whose score is not strictly below the right one's stands before
-it. A collapsed model, or one that returns NaN, therefore scores 0 and not 100.
+=============  ==========================================================================================
+sum            similarity / temperature + ITM log-odds: two estimates of the same log-odds, added
+itm            the log-odds alone: log p(match) - log p(no match)
+match_logit    the match class's logit alone, not compared with the other's: ALBEF's public evaluation
+=============  ==========================================================================================
+
+One process evaluates, rank 0 of a run; the others wait for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..beats import beat
 from ..data.base import EvaluationSplit
-
-CUTS = (1, 5, 10)
-RERANK_SCORE = "sum"  # "sum": feature similarity / temperature + ITM log-odds; "itm": the log-odds alone
-RERANK_QUERIES = 1000  # at most this many queries a direction are re-ranked, a fixed random sample of a larger split
-CHUNK = 256  # queries, or image–caption pairs, scored at once
+from ..recipe import EvaluationSection
+from .embedding import Embedded, Progress, embed, match_logits
+from .ranking import DIRECTIONS, Ranked, chance, rank_all, recalls, reranked_ranks, rsum
+from .sampled import Sample, draw_sample, sample_chance, sample_ranks, score_sample, summarise
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """A split's images and captions as features; captions keep their tokens for the fusion encoder."""
+class Direction:
+    """Who asks and who is ranked."""
 
-    image: Tensor  # (N, E) float32
-    image_group: Tensor  # (N,) int64, on the CPU like everything that counts
-    text: Tensor  # (G, E) float32
-    text_group: Tensor  # (G,) int64
-    text_tokens: Tensor  # (G, L, width)
-    token_mask: Tensor  # (G, L) bool
-
-
-@torch.no_grad()
-def embed(model: Any, split: EvaluationSplit, device: torch.device | str, batch_size: int = CHUNK) -> Embedded:
-    """Encode every image and every gallery caption once. Image tokens are not kept: they would fill the memory."""
-    features, groups = [], []
-    for batch in split.images(batch_size):
-        beat("evaluation: encoding images")
-        features.append(model.encode_image(batch.images.to(device)).feature.float())
-        groups.append(batch.group_id.cpu())
-    texts, tokens, masks, text_groups = [], [], [], []
-    for captions in split.gallery(batch_size):
-        beat("evaluation: encoding captions")
-        mask = captions.token_mask.to(device)
-        encoded = model.encode_text(captions.token_ids.to(device), mask)
-        texts.append(encoded.feature.float())
-        tokens.append(encoded.tokens)
-        masks.append(mask)
-        text_groups.append(captions.group_id.cpu())
-    length = max(m.shape[1] for m in masks)
-    padded = [F.pad(t, (0, 0, 0, length - t.shape[1])) for t in tokens]
-    padded_masks = [F.pad(m, (0, length - m.shape[1])) for m in masks]
-    return Embedded(
-        torch.cat(features), torch.cat(groups), torch.cat(texts), torch.cat(text_groups),
-        torch.cat(padded), torch.cat(padded_masks),
-    )  # fmt: skip
+    query: Tensor  # (Q, E)
+    key: Tensor  # (C, E)
+    query_group: Tensor  # (Q,) int64
+    key_group: Tensor  # (C,) int64
+    query_category: np.ndarray | None  # (Q,) int64
+    key_category: np.ndarray | None  # (C,) int64
 
 
-def ranks(scores: Tensor, query_group: Tensor, candidate_group: Tensor) -> Tensor:
-    """Rank (from 1) of the best right candidate of each row of ``scores`` (Q, C); 0 where there is no right one."""
-    found = torch.zeros(len(scores), dtype=torch.long)
-    for start in range(0, len(scores), CHUNK):
-        beat("evaluation: ranking")
-        rows = slice(start, start + CHUNK)
-        part, right = scores[rows], query_group[rows, None] == candidate_group[None, :]
-        best = part.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        before = (~(part < best) & ~right).sum(1)  # "not below" also counts ties and NaN
-        found[rows] = torch.where(right.any(1), before + 1, 0)
-    return found
+@dataclass(frozen=True)
+class Question:
+    """Candidates (Q, k) of some queries (Q,), with their similarities, that the match head is to order."""
 
+    direction: str
+    query: Tensor
+    candidate: Tensor  # -1 = none
+    similarity: Tensor
 
-def recalls(rank: Tensor) -> dict[str, float]:
-    """Percent of queries answered within the first 1, 5 and 10; those without a right candidate (0) are left out."""
-    asked = rank[rank > 0]
-    return {f"r{k}": 100.0 * float((asked <= k).double().mean()) if len(asked) else 0.0 for k in CUTS}
-
-
-def chance(query_group: Tensor, candidate_group: Tensor) -> dict[str, float]:
-    """The recalls a random order would reach on average, exactly: 1 - C(n - m, k) / C(n, k) for m right of n."""
-    right = (query_group[:, None] == candidate_group[None, :]).sum(1).double()
-    right, n = right[right > 0], len(candidate_group)
-    found = {}
-    for k in CUTS:
-        miss = torch.ones_like(right)
-        for i in range(min(k, n)):
-            miss = miss * ((n - right - i).clamp(min=0) / (n - i))
-        found[f"r{k}"] = 100.0 * float((1 - miss).mean()) if len(right) else 0.0
-    return found
-
-
-@torch.no_grad()
-def match_scores(
-    model: Any, split: EvaluationSplit, embedded: Embedded, pairs: Tensor, device: torch.device | str,
-    batch_size: int = CHUNK,
-) -> Tensor:  # fmt: skip
-    """ITM log-odds (N,) of image–caption ``pairs`` (N, 2), each an image's and a caption's position in the split.
-
-    The images among them are encoded again and their keys and values projected once, however many captions each meets;
-    within a batch pairs go in order of caption length, so that little padding is computed.
-    """
-    scores = torch.empty(len(pairs))
-    lengths = embedded.token_mask.sum(1).cpu()
-    order = torch.argsort(pairs[:, 0], stable=True)
-    images, counts = torch.unique(pairs[:, 0], return_counts=True)
-    for rows, mine in zip(images.split(batch_size), order.split(_sums(counts, batch_size)), strict=True):
-        image = model.project_image(model.encode_image(split.take(rows.numpy()).images.to(device)).tokens)
-        mine = mine[torch.argsort(lengths[pairs[mine, 1]])]
-        for part in mine.split(CHUNK):
-            beat("evaluation: re-ranking")
-            which = torch.searchsorted(rows, pairs[part, 0]).to(device)
-            caption = pairs[part, 1].to(device)
-            length = int(lengths[pairs[part, 1]].max())
-            mask = embedded.token_mask[caption, :length]
-            fused = model.fuse(embedded.text_tokens[caption, :length], mask, [(k[which], v[which]) for k, v in image])
-            logits = model.match_logits(fused.tokens, mask)
-            scores[part] = (logits[:, 1] - logits[:, 0]).float().cpu()
-    return scores
-
-
-def _sums(counts: Tensor, size: int) -> list[int]:
-    return [int(part.sum()) for part in counts.split(size)]
-
-
-def reranked_ranks(rank: Tensor, scores: Tensor, right: Tensor) -> Tensor:
-    """Ranks after the first k candidates were put in a new order; the others keep their places behind them.
-
-    Args:
-        rank: (Q,) ranks before. scores: (Q, k) new scores of the candidates. right: (Q, k) bool, the right ones.
-    """
-    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-    before = (~(scores < best) & ~right).sum(1)
-    return torch.where(right.any(1) & (rank > 0), before + 1, rank)
+    def pairs(self) -> Tensor:
+        """(Q * k, 2) int64: images and captions; an empty place repeats the query's first candidate."""
+        own = self.query[:, None].expand_as(self.candidate)
+        other = torch.where(self.candidate < 0, self.candidate[:, :1], self.candidate)
+        return torch.stack([own, other] if self.direction == "i2t" else [other, own], -1).flatten(0, 1)
 
 
 def evaluate_split(
@@ -144,86 +62,182 @@ def evaluate_split(
     split: EvaluationSplit,
     device: torch.device | str,
     temperature: float,
-    rerank: int = 0,
-    rerank_queries: int = RERANK_QUERIES,
+    section: EvaluationSection,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Retrieval in both directions, as a split's entry of ``evaluation.json``; percentages.
 
-    ``without_flags`` leaves the split's flags out, as queries and as candidates; ``None`` where there are none.
-    ``reranked`` holds, besides the recalls, those of the same queries ``before`` and by the match head alone (``itm``).
+    ``i2t`` is TR (text retrieval: an image asks), ``t2i`` is IR; each has R@1, R@5 and R@10 as ``r1``, ``r5`` and
+    ``r10``, and ``sum`` is all six together (RSum). The same fields come again:
+
+    * ``chance``: of a random order, exactly.
+    * ``without_flags``: flags are left out, as queries and as candidates; ``None`` where there are none.
+    * ``reranked``: by the recipe's ``score``, and for the same queries ``before`` and by the log-odds alone (``itm``).
+    * ``sampled``: the mean over the draws, with its ``spread`` and a ``reranked`` of its own; ``None`` without draws.
+
+    Args:
+        section: what to evaluate. ``rerank_queries`` also limits the queries of a draw that are re-ranked.
+        seed: of the sampled galleries.
+        progress: is told in a few words how far it has come, at most every ten seconds.
     """
-    found = embed(model, split, device)
-    similarity = (found.image @ found.text.T).cpu()
-    directions = {
-        "i2t": (similarity, found.image_group, found.text_group),
-        "t2i": (similarity.T, found.text_group, found.image_group),
+    told, sampled = Progress(progress), section.sampled
+    found = embed(model, split, device, keep=section.rerank > 0, progress=told)
+    directions = _directions(split, found)
+    ranked = {
+        name: rank_all(d.query, d.key, d.query_group, d.key_group, section.rerank) for name, d in directions.items()
     }
-    by_direction = {name: ranks(*given) for name, given in directions.items()}
+    samples = [
+        {name: _sample(d, section, (seed, 2 * draw + n)) for n, (name, d) in enumerate(directions.items())}
+        for draw in range(sampled.draws)
+    ]
     result: dict[str, Any] = {
         "title": split.title,
         "images": len(found.image_group),
         "captions": len(found.text_group),
-        "chance": {name: chance(asked, given) for name, (_, asked, given) in directions.items()},
-        **{name: recalls(rank) for name, rank in by_direction.items()},
+        "chance": _summed({name: chance(d.query_group, d.key_group) for name, d in directions.items()}),
+        **_summed({name: recalls(r.rank) for name, r in ranked.items()}),
         "reranked": None,
-        "without_flags": None,
+        "sampled": None,
+        "without_flags": _without_flags(split, found),
     }
     result["chance_r1"] = result["chance"]["i2t"]["r1"]
-    images, texts = torch.from_numpy(~split.image_is_flag), torch.from_numpy(~split.gallery_is_flag)
-    if not (images.all() and texts.all()) and images.any() and texts.any():
-        kept, i, t = similarity[images][:, texts], found.image_group[images], found.text_group[texts]
-        result["without_flags"] = {
-            "images": len(i),
-            "captions": len(t),
-            "i2t": recalls(ranks(kept, i, t)),
-            "t2i": recalls(ranks(kept.T, t, i)),
-        }
-    if rerank > 0:
-        result["reranked"] = _rerank(
-            model, split, found, directions, by_direction, device, temperature, rerank, rerank_queries
-        )
+    similarities = [{n: score_sample(s, directions[n].query, directions[n].key) for n, s in d.items()} for d in samples]
+    if samples:
+        result["sampled"] = _sampled(samples, similarities, section)
+    if section.rerank > 0:
+        generator = torch.Generator().manual_seed(0)
+        full = {name: _question(name, r, section, generator) for name, r in ranked.items()}
+        limit = section.rerank_queries or sampled.queries
+        drawn = [
+            Question(n, s.query[:limit], s.candidate[:limit], found_[n][:limit])
+            for draw, found_ in zip(samples, similarities, strict=True)
+            for n, s in draw.items()
+        ]
+        logits, pairs = _ask(model, split, found, [*full.values(), *drawn], device, told)
+        result["reranked"] = _reranked(full, ranked, directions, logits, pairs, temperature, section)
+        if samples:
+            result["sampled"]["reranked"] = _reranked_samples(samples, drawn, logits[2:], temperature, section)
     return result
 
 
-def _rerank(
-    model: Any,
-    split: EvaluationSplit,
-    found: Embedded,
-    directions: dict[str, tuple[Tensor, Tensor, Tensor]],
-    by_direction: dict[str, Tensor],
-    device: torch.device | str,
-    temperature: float,
-    k: int,
-    limit: int,
-) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    queries, candidates = {}, {}
-    for name, (scores, _, _) in directions.items():
-        asking = (by_direction[name] > 0).nonzero()[:, 0]
-        if len(asking) > limit:
-            asking = asking[torch.randperm(len(asking), generator=generator)[:limit]].sort().values
-        queries[name] = asking
-        candidates[name] = scores[asking].topk(min(k, scores.shape[1]), dim=1).indices
-    # Both directions often ask about the same pair: each is scored once.
-    wide = len(found.text_group)
-    keys = {
-        "i2t": queries["i2t"][:, None] * wide + candidates["i2t"],
-        "t2i": candidates["t2i"] * wide + queries["t2i"][:, None],
+def _directions(split: EvaluationSplit, found: Embedded) -> dict[str, Direction]:
+    images = (found.image, found.image_group, split.image_category)
+    captions = (found.text, found.text_group, split.gallery_category)
+    pairs = {"i2t": (images, captions), "t2i": (captions, images)}
+    return {
+        name: Direction(query, key, query_group, key_group, query_category, key_category)
+        for name, ((query, query_group, query_category), (key, key_group, key_category)) in pairs.items()
     }
-    unique, inverse = torch.unique(torch.cat([keys["i2t"].flatten(), keys["t2i"].flatten()]), return_inverse=True)
-    odds = match_scores(model, split, found, torch.stack([unique // wide, unique % wide], 1), device)[inverse]
-    parts = dict(zip(("i2t", "t2i"), odds.split([keys["i2t"].numel(), keys["t2i"].numel()]), strict=True))
-    result: dict[str, Any] = {"candidates": k, "pairs": len(unique), "before": {}, "itm": {}}
-    for name, (scores, asked, given) in directions.items():
-        query, candidate, rank = queries[name], candidates[name], by_direction[name][queries[name]]
-        itm = parts[name].view(candidate.shape)
-        right = asked[query, None] == given[candidate]
-        total = itm + scores[query].gather(1, candidate) / temperature
-        orders = {
-            "itm": reranked_ranks(rank, itm, right),
-            "sum": reranked_ranks(rank, total, right),
-        }
-        result[name] = {**recalls(orders[RERANK_SCORE]), "queries": len(query)}
-        result["before"][name] = recalls(rank)
-        result["itm"][name] = recalls(orders["itm"])
-    return result
+
+
+def _summed(found: dict[str, dict[str, float]]) -> dict[str, Any]:
+    return {**found, "sum": rsum(found)}
+
+
+def _without_flags(split: EvaluationSplit, found: Embedded) -> dict[str, Any] | None:
+    images, texts = torch.from_numpy(~split.image_is_flag), torch.from_numpy(~split.gallery_is_flag)
+    if (images.all() and texts.all()) or not images.any() or not texts.any():
+        return None
+    image, text = found.image[images.to(found.image.device)], found.text[texts.to(found.text.device)]
+    i, t = found.image_group[images], found.text_group[texts]
+    ranked = {"i2t": rank_all(image, text, i, t), "t2i": rank_all(text, image, t, i)}
+    return {"images": len(i), "captions": len(t), **_summed({name: recalls(r.rank) for name, r in ranked.items()})}
+
+
+def _sample(direction: Direction, section: EvaluationSection, key: tuple[int, int]) -> Sample:
+    d = direction
+    groups, categories = (d.query_group.numpy(), d.key_group.numpy()), (d.query_category, d.key_category)
+    return draw_sample(*groups, *categories, section.sampled.queries, section.sampled.negatives, key)
+
+
+def _sampled(
+    samples: list[dict[str, Sample]], similarities: list[dict[str, Tensor]], section: EvaluationSection
+) -> dict[str, Any]:
+    by_features = [
+        {name: recalls(sample_ranks(sample, of[name])) for name, sample in draw.items()}
+        for draw, of in zip(samples, similarities, strict=True)
+    ]
+    luck = summarise([{name: sample_chance(sample) for name, sample in draw.items()} for draw in samples])
+    return {
+        "draws": len(samples),
+        "negatives": section.sampled.negatives,
+        "queries": {name: len(samples[0][name].query) for name in DIRECTIONS},
+        "same_category": {name: float(np.mean([draw[name].alike for draw in samples])) for name in DIRECTIONS},
+        **summarise(by_features),
+        "chance": {name: luck[name] for name in (*DIRECTIONS, "sum")},
+        "reranked": None,
+    }
+
+
+def _question(name: str, ranked: Ranked, section: EvaluationSection, generator: torch.Generator) -> Question:
+    """Which queries are re-ranked: all that ask, or a fixed random sample of them."""
+    asking = (ranked.rank > 0).nonzero()[:, 0]
+    limit = section.rerank_queries or len(asking)
+    if len(asking) > limit:
+        asking = asking[torch.randperm(len(asking), generator=generator)[:limit]].sort().values
+    return Question(name, asking, ranked.top[asking], ranked.score[asking])
+
+
+def _ask(
+    model: Any, split: EvaluationSplit, found: Embedded, questions: list[Question], device: torch.device | str,
+    told: Progress,
+) -> tuple[list[Tensor], int]:  # fmt: skip
+    """Logits (Q, k, 2) for each question and how many pairs that took: each is fused once, whoever asks."""
+    wide = len(found.text_group)
+    asked = [question.pairs() for question in questions]
+    unique, place = torch.unique(torch.cat([pair[:, 0] * wide + pair[:, 1] for pair in asked]), return_inverse=True)
+    logits = match_logits(model, split, found, torch.stack([unique // wide, unique % wide], 1), device, told)[place]
+    parts = logits.split([len(pair) for pair in asked])
+    return [part.view(*q.candidate.shape, 2) for part, q in zip(parts, questions, strict=True)], len(unique)
+
+
+def order_by(score: str, logits: Tensor, similarity: Tensor, temperature: float) -> Tensor:
+    """What candidates are ordered by: (..., 2) ITM logits and (...) similarities -> (...)."""
+    if score == "match_logit":
+        return logits[..., 1]
+    odds = logits[..., 1] - logits[..., 0]
+    return odds if score == "itm" else odds + similarity / temperature
+
+
+def _reranked(
+    questions: dict[str, Question],
+    ranked: dict[str, Ranked],
+    directions: dict[str, Direction],
+    logits: list[Tensor],
+    pairs: int,
+    temperature: float,
+    section: EvaluationSection,
+) -> dict[str, Any]:
+    new: dict[str, dict[str, Any]] = {score: {} for score in ("before", "itm", section.rerank_score)}
+    for (name, q), found in zip(questions.items(), logits, strict=False):
+        rank, d = ranked[name].rank[q.query], directions[name]
+        right = d.query_group[q.query, None] == d.key_group[q.candidate]
+        new["before"][name] = recalls(rank)
+        for score in {"itm", section.rerank_score}:
+            new[score][name] = recalls(reranked_ranks(rank, order_by(score, found, q.similarity, temperature), right))
+    asked = {name: {**new[section.rerank_score][name], "queries": len(q.query)} for name, q in questions.items()}
+    return {
+        "score": section.rerank_score,
+        "candidates": section.rerank,
+        "pairs": pairs,
+        **_summed(asked),
+        "before": _summed(new["before"]),
+        "itm": _summed(new["itm"]),
+    }
+
+
+def _reranked_samples(
+    samples: list[dict[str, Sample]],
+    questions: list[Question],
+    logits: list[Tensor],
+    temperature: float,
+    section: EvaluationSection,
+) -> dict[str, Any]:
+    by_draw: list[dict[str, dict[str, float]]] = [{} for _ in samples]
+    for number, (q, found) in enumerate(zip(questions, logits, strict=True)):
+        sample = Sample(q.query, q.candidate, 0.0)
+        scores = order_by(section.rerank_score, found, q.similarity, temperature)
+        by_draw[number // 2][q.direction] = recalls(sample_ranks(sample, scores))
+    queries = {q.direction: len(q.query) for q in questions[:2]}
+    return {"score": section.rerank_score, "queries": queries, **summarise(by_draw)}

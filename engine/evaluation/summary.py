@@ -1,4 +1,4 @@
-"""The last thing on the screen: a table of final retrieval, and whether the masks found the drawing."""
+"""The last thing on the screen: a table of final retrieval, by every order, and whether the masks found the drawing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .retrieval import CUTS
-
-DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
+from .orders import orders
+from .ranking import CUTS
 
 
 def print_summary(evaluation: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print splits x R@1/5/10 in both directions with chance, ITM and masks. Takes what ``evaluation.json`` holds."""
+    """Print splits x R@1/5/10 and their sum in both directions by every order. Takes what ``evaluation.json`` holds."""
     console = console or Console()
     console.print("\n[bold]Retrieval on held-out pairs[/], % of queries answered")
     splits = evaluation.get("splits", {})
@@ -25,52 +24,44 @@ def print_summary(evaluation: Mapping[str, Any], console: Console | None = None)
             f"  {tags[name]} {split['title']}: {split['images']:,} images, {split['captions']:,} captions",
             highlight=False, markup=False, style="dim",
         )  # fmt: skip
-    table = Table(box=SIMPLE_HEAD, pad_edge=True)
-    for heading in ("", "direction"):
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading in ("", "order"):
         table.add_column(heading, no_wrap=True)
-    for cut in CUTS:
-        table.add_column(f"R@{cut}", justify="right", no_wrap=True)
-    table.add_column("ITC+ITM", justify="right", no_wrap=True)
-    table.add_column("ITM", justify="right", no_wrap=True)
-    table.add_column("chance", justify="right", style="dim", no_wrap=True)
+    for heading in ("TR", "IR"):
+        for i, cut in enumerate(CUTS):
+            table.add_column(f" {heading} R@{cut}" if i == 0 else f"R@{cut}", justify="right", no_wrap=True)
+    spread = any(split.get("sampled") for split in splits.values())
+    for heading in ("sum", "±") if spread else ("sum",):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, split in splits.items():
-        for direction, words in DIRECTIONS.items():
-            found, first = split[direction], direction == "i2t"
-            table.add_row(
-                tags[name] if first else "",
-                words,
-                f"[bold]{found['r1']:.1f}[/]",
-                *(f"{found[f'r{cut}']:.1f}" for cut in CUTS[1:]),
-                reranked(split, direction),
-                itm_alone(split, direction),
-                f"{split.get('chance', {}).get(direction, {}).get('r1', split['chance_r1']):.2f}",
-            )
+        lines = list(orders(split, flags=False))
+        for i, order in enumerate(lines):
+            values = [f"{value:5.1f}" if value >= 1 else f"{value:5.2f}" for value in order.values()]
+            if spread:
+                deviation = order.spreads()[-1]
+                values.append("" if deviation is None else f"{deviation:4.1f}")
+            style = "dim" if order.name.endswith("chance") else "bold" if i == 0 else ""
+            last = order is lines[-1]
+            table.add_row(f" {tags[name]}" if i == 0 else "", order.name, *values, style=style, end_section=last)
     console.print(table)
-    asked = max((s["reranked"]["i2t"].get("queries", 0) for s in splits.values() if s.get("reranked")), default=0)
-    if asked:
-        console.print(
-            "  ITC+ITM, ITM: R@1 with the leading candidates in that order, for at most\n"
-            f"  {asked:,} queries; in brackets, the difference from ITC's own order for them.\n",
-            highlight=False, style="dim",
-        )  # fmt: skip
+    for line in legend(splits):
+        console.print(f"  {line}", highlight=False, markup=False, style="dim")
+    console.print()
     for line in verdicts(evaluation):
         console.print(f"  {line}", highlight=False)
 
 
-def reranked(split: Mapping[str, Any], direction: str) -> str:
-    """R@1 after the leading candidates were ordered by ITC and ITM together, and what that changed for these queries
-    (a sample of a large split, whose R@1 before may differ from the whole split's)."""
-    found = split.get("reranked")
-    if not found:
-        return "–"
-    before, after = found.get("before", {}).get(direction, split[direction])["r1"], found[direction]["r1"]
-    return f"{after:.1f} ({after - before:+.1f})"
-
-
-def itm_alone(split: Mapping[str, Any], direction: str) -> str:
-    """R@1 after the leading candidates were ordered by ITM alone."""
-    found = (split.get("reranked") or {}).get("itm", {}).get(direction)
-    return f"{found['r1']:.1f}" if found else "–"
+def legend(splits: Mapping[str, Any]) -> list[str]:
+    """What the table's words mean, as far as it has them."""
+    if not splits:
+        return []
+    lines = ["TR: an image asks for its captions; IR: a caption for its images; sum: all six"]
+    if any(split.get("reranked") for split in splits.values()):
+        lines.append("top: the leading candidates by ITC put in that order, the others behind them")
+    if found := [split["sampled"] for split in splits.values() if split.get("sampled")]:
+        draws = f"{found[0]['draws']} draws"
+        lines.append(f"1 of: among wrong ones of its category, mean of {draws}; ±: deviation of sums")
+    return lines
 
 
 def verdicts(evaluation: Mapping[str, Any]) -> list[str]:

@@ -15,17 +15,23 @@ from ..recipe import CorruptionSection
 from .plan import KEEP, MaskContext
 from .schedules import ratio_at
 
-FIRST_WORD_ID = 5  # [PAD] [UNK] [CLS] [SEP] [MASK] come before
+FIRST_WORD_ID = 5  # [PAD] [UNK] [CLS] [SEP] [MASK] come before, in vocabularies of our own
 
 
 def corrupt(
-    text: Tensor, context: MaskContext, section: CorruptionSection, mask_id: int, vocabulary_size: int
+    text: Tensor,
+    context: MaskContext,
+    section: CorruptionSection,
+    mask_id: int,
+    vocabulary_size: int,
+    word_ids: Tensor | None = None,
 ) -> Tensor:
     """(B, L) int64: the id that is read at each position, :data:`KEEP` where it is the word itself.
 
     Args:
         text: (B, L) bool, the words to predict. Where ``section.rate`` is set, words are corrupted at that rate: fewer
             than are predicted, or all of them and others besides.
+        word_ids: (words,) int64, the ids that random words are drawn from; default all from :data:`FIRST_WORD_ID`.
     """
     chosen = text
     if section.rate is not None:
@@ -34,7 +40,8 @@ def corrupt(
         rate = ratio_at(section.rate, context.progress, context.draws, "corruption rate of a sample")
         chosen = topk_mask(order, ratio=rate, valid=context.maskable)
     draw = context.draws.uniform("corruption", text.shape[1])
-    words = vocabulary_size - FIRST_WORD_ID
-    other = FIRST_WORD_ID + (context.draws.uniform("other words", text.shape[1]) * words).long().clamp(max=words - 1)
+    words = vocabulary_size - FIRST_WORD_ID if word_ids is None else len(word_ids)
+    place = (context.draws.uniform("other words", text.shape[1]) * words).long().clamp(max=words - 1)
+    other = place + FIRST_WORD_ID if word_ids is None else word_ids[place]
     read = torch.where(draw < section.mask, mask_id, torch.where(draw < section.mask + section.random, other, KEEP))
     return torch.where(chosen, read, KEEP)

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from crossmask.kernels import topk_mask
 
-from ..data.tokenizer import split_words
 from ..errors import RecipeError
 from ..recipe import Section
-from .corruption import FIRST_WORD_ID
 from .plan import MaskContext
 from .registry import Corpus
 from .word_counts import Resident
@@ -59,8 +57,8 @@ class Entities:
     def __init__(self, words: Sequence[str], corpus: Corpus, policy: str) -> None:
         by_length: dict[int, set[tuple[int, ...]]] = {}
         for word in words:
-            ids = tuple(i for part in split_words(word) for i in corpus.pieces(part))
-            if ids and min(ids) >= FIRST_WORD_ID:  # [UNK] would stand for every unknown word
+            ids = tuple(i for part in corpus.split(word) for i in corpus.pieces(part))
+            if ids and corpus.specials.isdisjoint(ids):  # [UNK] would stand for every unknown word
                 by_length.setdefault(len(ids), set()).add(ids)
         self._phrases: list[Resident] = []  # of one length each: (E,) int64 hashes, ascending, and (E, length) ids
         for length in sorted(by_length):

@@ -5,23 +5,33 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+import numpy as np
+import torch
+
 from ..errors import RecipeError
 from ..recipe import MaskingSection, Recipe
 from .corruption import FIRST_WORD_ID, corrupt
 from .plan import MaskContext, MaskPlan, missing_input
 from .registry import Corpus, Policy, build_policy
 from .schedules import ratio_at
+from .word_counts import Resident
 
 
 class MaskPlanner:
     """A recipe's masks.
 
+    Args:
+        word_ids: (words,) int64, ids of the words that a masked one may be replaced by; default all but the first five.
+
     Raises:
         RecipeError: an unknown policy or option.
     """
 
-    def __init__(self, section: MaskingSection, mask_id: int, vocabulary_size: int) -> None:
+    def __init__(
+        self, section: MaskingSection, mask_id: int, vocabulary_size: int, word_ids: np.ndarray | None = None
+    ) -> None:
         self.section, self.mask_id, self.vocabulary_size = section, mask_id, vocabulary_size
+        self._words = None if word_ids is None else Resident(torch.from_numpy(word_ids))
         self.policy: Policy = build_policy(section)
         self.text_policy: Policy | None = build_policy(section, text=True) if section.text_policy else None
 
@@ -64,7 +74,8 @@ class MaskPlanner:
             words = self.text_policy(context)
             plan = replace(plan, text=words.text, replacement=words.replacement)
         if plan.replacement is None:
-            read = corrupt(plan.text, context, section.corruption, self.mask_id, self.vocabulary_size)
+            ids = None if self._words is None else self._words.on(context.token_ids.device)[0]
+            read = corrupt(plan.text, context, section.corruption, self.mask_id, self.vocabulary_size, ids)
             plan = replace(plan, replacement=read)
         return plan
 

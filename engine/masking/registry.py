@@ -10,9 +10,11 @@ from typing import ClassVar, TypeVar
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ..data.tokenizer import split_words
 from ..errors import RecipeError, nearest
 from ..recipe import MaskingSection, Section
 from ..recipe_fields import describe
+from .corruption import FIRST_WORD_ID
 from .plan import MaskContext, MaskPlan
 
 
@@ -24,6 +26,8 @@ class Corpus:
     vocabulary_size: int
     pieces: Callable[[str], Sequence[int]]  # the token ids of a word
     continuations: frozenset[int] = frozenset()  # ids of pieces that go on with a word, such as ##s
+    specials: frozenset[int] = frozenset(range(FIRST_WORD_ID))  # ids of [PAD], [UNK] and so on, which are no words
+    split: Callable[[str], Sequence[str]] = split_words  # a text as words
 
 
 class Policy:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .corruption import FIRST_WORD_ID
 from .registry import Corpus
 
 QUANTUM = 2.0**-16  # PMI is kept in multiples of it: float64 then adds thousands of them exactly, in any order
@@ -54,6 +53,8 @@ class WordCounts:
             self.occurrences += np.bincount(token, minlength=self.vocabulary_size)
         for _, token in _chunks(corpus.captions, distinct=True):
             self.containing += np.bincount(token, minlength=self.vocabulary_size)
+        for counts in (self.occurrences, self.containing):
+            counts[[i for i in corpus.specials if i < self.vocabulary_size]] = 0
 
     @property
     def words(self) -> int:
@@ -129,7 +130,7 @@ def _merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
 
 
 def _chunks(captions: Sequence[Sequence[int]], distinct: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Captions some at a time as (caption, token) of each word; ``distinct`` once each, ascending within a caption."""
+    """Captions some at a time as (caption, token) of each token; ``distinct`` once each, ascending within a caption."""
     start = 0
     while start < len(captions):
         end, tokens = start, 0
@@ -140,8 +141,6 @@ def _chunks(captions: Sequence[Sequence[int]], distinct: bool = False) -> Iterat
         lengths = np.fromiter(map(len, some), np.int64, len(some))
         token = np.fromiter(chain.from_iterable(some), np.int64, tokens)
         caption = np.repeat(np.arange(start, end), lengths)
-        word = token >= FIRST_WORD_ID
-        caption, token = caption[word], token[word]
         if distinct and len(token):
             size = int(token.max()) + 1
             caption, token = np.divmod(np.unique(caption * size + token), size)

@@ -12,15 +12,20 @@ from torch import Tensor, nn
 from crossmask.kernels import AttentionStatistics, cross_attention
 
 from ..masking.heads import head_importance
+from ..recipe import FusionSection
+from .dropping import Visible, gather
+from .packing import Packing
 
 KeyValue = tuple[Tensor, Tensor]  # each (B, H, P, D)
+ImageIndex = Sequence[Tensor | None]  # of equal parts of the texts: which images they read; None = text i reads image i
+BERT_EPS = 1e-12  # of BERT's layer norms (Devlin et al. 2019)
 TEACHER_STATISTICS = ("entropy", "key_attention", "query_attention")
 INITIAL_SHARPNESS = 8.0  # cosines of unrelated directions scatter by D ** -0.5, logits then by about one
 
 
 @dataclass(frozen=True)
 class Fused:  # of modules without parameters of their own, so ZeRO-3 needs no hook on it
-    tokens: Tensor  # (B, L, width)
+    tokens: Tensor  # (B, L, width), or (B, M, width) of the rows that were asked for
     statistics: AttentionStatistics | None  # of the patches only, the image's CLS left out
 
 
@@ -31,9 +36,10 @@ class Attention(nn.Module):
     attention can then be selective before its projections have grown.
     """
 
-    def __init__(self, width: int, key_width: int, heads: int, qk_norm: bool = False) -> None:
+    def __init__(self, width: int, key_width: int, heads: int, qk_norm: bool = False, *, dropout: float = 0.0) -> None:
+        """``dropout``: probability that a weight is dropped while training."""
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(key_width, 2 * width)
         self.output = nn.Linear(width, width)
@@ -48,16 +54,18 @@ class Attention(nn.Module):
         """(B, N, width) -> (B, H, N, D)"""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def ask(self, x: Tensor) -> Tensor:
-        """(B, S, width) -> queries (B, H, S, D)"""
-        q = self.split(self.query(x))
+    def ask(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """(B, S, width), or (N, width) where ``packing`` says which words these are -> queries (B, H, S, D)"""
+        q = self.query(x)
+        q = self.split(q if packing is None else packing.pad(q))
         if self.sharpness is None:
             return q
         return F.normalize(q, dim=-1) * (self.sharpness * q.shape[-1] ** 0.5)[:, None, None].to(q.dtype)
 
-    def project(self, tokens: Tensor) -> KeyValue:
-        """(B, P, key width) -> keys and values, each (B, H, P, D)"""
-        key, value = self.key_value(tokens).chunk(2, dim=-1)
+    def project(self, tokens: Tensor, packing: Packing | None = None) -> KeyValue:
+        """(B, P, key width), or (N, key width) packed -> keys and values, each (B, H, P, D)"""
+        both = self.key_value(tokens)
+        key, value = (both if packing is None else packing.pad(both)).chunk(2, dim=-1)
         key = self.split(key)
         return key if self.sharpness is None else F.normalize(key, dim=-1), self.split(value)
 
@@ -68,26 +76,51 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         link_mask: Tensor | None = None,
         head_mask: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
+        """(B, S, width) -> (B, S, width), or (N, width) -> (N, width) packed."""
+        found = self.attend(self.ask(x, packing), key_value, key_mask, link_mask, head_mask)
+        return self.give(found, packing)
+
+    def give(self, found: Tensor, packing: Packing | None = None) -> Tensor:
+        """What queries (B, H, S, D) found -> (B, S, width), or (N, width) packed."""
+        found = found.transpose(1, 2)
+        return self.output((found if packing is None else packing.pack(found)).flatten(-2))
+
+    def attend(
+        self,
+        queries: Tensor,
+        key_value: KeyValue,
+        key_mask: Tensor | None = None,
+        link_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        *,
+        texts: int = 1,
+        share: float = 1.0,
+    ) -> Tensor:
+        """(B, H, S, D) -> (B, H, S, D). For the importance of heads: ``texts`` are side by side in S, and the call has
+        this ``share`` of the samples."""
         # Values that are not finite reach the loss, where the loop leaves the step out on every rank together.
         out = cross_attention(
-            self.ask(x),
+            queries,
             *key_value,
             key_mask=key_mask,
             head_mask=head_mask,
             link_mask=link_mask,
+            dropout_p=self.dropout if self.training else 0.0,
             check_finite=False,
         ).output
         if self.recording and out.requires_grad:
             # detached: a hook that held the tensor it hangs on would never be freed
-            out.register_hook(self._recorder(out.detach(), head_mask))
-        return self.output(out.transpose(1, 2).flatten(2))
+            out.register_hook(self._recorder(out.detach(), head_mask, texts, share))
+        return out
 
-    def _recorder(self, output: Tensor, head_mask: Tensor | None) -> Callable[[Tensor], None]:
+    def _recorder(self, output: Tensor, head_mask: Tensor | None, texts: int, share: float) -> Callable[[Tensor], None]:
         """A tensor hook that adds up the heads' importance. One that is off, and so moves nothing, keeps its last."""
 
         def record(gradient: Tensor) -> None:
-            found, before = head_importance(output, gradient), self.importance
+            of_texts = (x.unflatten(2, (texts, -1)).transpose(1, 2).flatten(0, 1) for x in (output, gradient))
+            found, before = share * head_importance(*of_texts), self.importance
             if before is not None and self.anew and head_mask is not None:
                 on = head_mask if head_mask.ndim == 1 else head_mask.any(0)
                 before = before.where(~on, 0.0)
@@ -119,21 +152,24 @@ class Attention(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """Self-attention over words, cross-attention into the image, feed-forward; pre-norm, which trains from scratch
-    at the learning rates small models want."""
+    """Self-attention over words, cross-attention into the image, feed-forward.
 
-    def __init__(
-        self, width: int, image_width: int, heads: int, mlp_ratio: float, dropout: float, qk_norm: bool
-    ) -> None:
+    ``norm: pre`` normalises what each part reads and trains from scratch at the learning rates small models want;
+    ``post`` normalises the sum behind each part, which is BERT's layer and ALBEF's.
+    """
+
+    def __init__(self, width: int, image_width: int, section: FusionSection) -> None:
         super().__init__()
-        self.self_norm = nn.LayerNorm(width)
-        self.self_attention = Attention(width, width, heads)
-        self.cross_norm = nn.LayerNorm(width)
-        self.cross_attention = Attention(width, image_width, heads, qk_norm)
-        self.feed_norm = nn.LayerNorm(width)
-        hidden = int(width * mlp_ratio)
+        heads, drop, self.post = section.heads, section.dropout, section.norm == "post"
+        eps = BERT_EPS if self.post else 1e-5
+        self.self_norm = nn.LayerNorm(width, eps)
+        self.self_attention = Attention(width, width, heads, dropout=drop)
+        self.cross_norm = nn.LayerNorm(width, eps)
+        self.cross_attention = Attention(width, image_width, heads, section.qk_norm, dropout=drop)
+        self.feed_norm = nn.LayerNorm(width, eps)
+        hidden = int(width * section.mlp_ratio)
         self.feed_forward = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(drop)
 
     def forward(
         self,
@@ -143,24 +179,69 @@ class FusionLayer(nn.Module):
         links: Tensor | None = None,
         head_mask: Tensor | None = None,
         image_mask: Tensor | None = None,
+        image_index: ImageIndex | None = None,
+        rows: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the layer's output and the queries it put to the image, both (B, L, width)."""
-        y = self.self_norm(x)
-        x = x + self.dropout(self.self_attention(y, self.self_attention.project(y), word_mask, link_mask=links))
-        asked = self.cross_norm(x)
-        x = x + self.dropout(self.cross_attention(asked, image, image_mask, head_mask=head_mask))
+        """Returns the layer's output and the queries it put to the image, both (B, L, width) or, as ``x`` then is,
+        (N, width) packed; or (B, M, width) of ``rows`` (B, M): all words are then still read, but the others are not
+        computed any further."""
+        y = x if self.post else self.self_norm(x)
+        words = self.self_attention.project(y, packing)
+        if rows is not None:
+            wanted = Visible(rows)
+            x, y = (gather(z if packing is None else packing.pad(z), wanted) for z in (x, y))
+            links = None if links is None else gather(links.expand(len(rows), -1, -1), wanted)
+            packing = None
+        x = x + self.dropout(self.self_attention(y, words, word_mask, links, packing=packing))
+        asked = self.self_norm(x) if self.post else self.cross_norm(x)
+        read = self.dropout(self._read(asked, image, head_mask, image_mask, image_index, packing))
+        if self.post:
+            x = self.cross_norm(asked + read)
+            return self.feed_norm(x + self.dropout(self.feed_forward(x))), asked
+        x = x + read
         return x + self.dropout(self.feed_forward(self.feed_norm(x))), asked
+
+    def _read(
+        self,
+        asked: Tensor,
+        image: KeyValue,
+        head_mask: Tensor | None,
+        image_mask: Tensor | None,
+        image_index: ImageIndex | None,
+        packing: Packing | None,
+    ) -> Tensor:
+        """(B, S, width) -> (B, S, width), or (N, width) packed: what the words get from the images."""
+        attention = self.cross_attention
+        if image_index is None:
+            return attention(asked, image, image_mask, head_mask=head_mask, packing=packing)
+        own = [n for n, index in enumerate(image_index) if index is None]
+        parts = attention.ask(asked, packing).unflatten(0, (len(image_index), -1))  # (parts, R, H, S, D)
+        count = parts.shape[1]
+        found: dict[int, Tensor] = {}
+        if own:  # texts of one image side by side, as if they were one: its keys and values are read where they are
+            together = torch.cat([parts[n] for n in own], 2)
+            first = (image[0][:count], image[1][:count])
+            mask = None if image_mask is None else image_mask[:count]
+            share = len(own) / len(image_index)
+            read = attention.attend(together, first, mask, head_mask=head_mask, texts=len(own), share=share)
+            found |= zip(own, read.chunk(len(own), dim=2), strict=True)
+        if others := {n: index for n, index in enumerate(image_index) if index is not None}:
+            index = torch.cat(list(others.values()))
+            gathered = (image[0].index_select(0, index), image[1].index_select(0, index))
+            mask = None if image_mask is None else image_mask.index_select(0, index)
+            together = torch.cat([parts[n] for n in others])
+            share = len(others) / len(image_index)
+            read = attention.attend(together, gathered, mask, head_mask=head_mask, share=share)
+            found |= zip(others, read.chunk(len(others)), strict=True)
+        return attention.give(torch.cat([found[n] for n in range(len(image_index))]), packing)
 
 
 class FusionEncoder(nn.Module):
-    def __init__(
-        self, width: int, image_width: int, depth: int, heads: int, mlp_ratio: float, dropout: float, qk_norm: bool
-    ) -> None:
+    def __init__(self, width: int, image_width: int, section: FusionSection) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            FusionLayer(width, image_width, heads, mlp_ratio, dropout, qk_norm) for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(FusionLayer(width, image_width, section) for _ in range(section.depth))
+        self.norm = nn.LayerNorm(width) if section.norm == "pre" else nn.Identity()
 
     def _layers(self) -> Iterator[FusionLayer]:
         for layer in self.layers:
@@ -182,30 +263,60 @@ class FusionEncoder(nn.Module):
         links: Tensor | None = None,
         head_mask: Tensor | None = None,
         image_mask: Tensor | None = None,
+        image_index: ImageIndex | None = None,
+        rows: Tensor | None = None,
     ) -> Fused:
-        """Fuse (B, L, width) words with the projected image.
+        """Fuse (B, L, width) words with the projected images, U of them. What comes out at padding says nothing.
 
         Args:
             statistics_layer: (negative from the end) the layer whose cross-attention is described; the image's CLS
                 token is left out before the softmax, so that a patch competes with patches only.
             query_mask: (B, L) bool, which words count in the statistics; default ``token_mask``.
             links: (B, L, L) bool, True = this word may look at that one.
-            head_mask: (layers, H) or (layers, B, H) bool, True = this head of the cross-attention is on.
-            image_mask: (B, 1 + P) bool, True = this token of the image, CLS first, may be looked at.
+            head_mask: (layers, H), or without ``image_index`` (layers, B, H), bool, True = this head of the
+                cross-attention is on.
+            image_mask: (U, 1 + P) bool, True = this token of the image, CLS first, may be looked at.
+            image_index: which images the texts read; None: text i reads image i, and U = B. Else the texts are
+                ``len(image_index)`` equal parts of R rows, one entry each: a tensor (R,) int64 of image numbers, whose
+                keys and values are gathered, or None: row i of the part reads image i (R <= U). The latter share the
+                images' keys and values, which are neither copied nor gathered.
+            rows: (B, M) int64, positions whose output is wanted, if not all: the last layer then computes these alone.
+                A position may come twice.
+
+        Raises:
+            ValueError: statistics together with ``image_index``, or of the last layer with ``rows``; texts that do not
+                divide into ``image_index``; parts longer than the images; a head mask of samples with ``image_index``.
         """
         chosen = None if statistics_layer is None else range(len(self.layers))[statistics_layer]
+        last = len(self.layers) - 1
+        if image_index is not None:
+            if chosen is not None:
+                raise ValueError("attention statistics are of texts that read their own image: leave image_index out")
+            _check_index(image_index, len(text_tokens), len(image[0][0]), head_mask)
+        asked_rows = None if rows is None else rows.shape[1]
+        if rows is not None:
+            if chosen == last:
+                raise ValueError("statistics of the last layer are of all words: leave rows out")
+            if not asked_rows:  # run all the same: under ZeRO stage 3 other ranks, which have rows, wait in the layer
+                rows = rows.new_zeros(len(rows), 1)
         found = None
-        x = text_tokens
+        packing = Packing.of(token_mask)
+        x = text_tokens if packing is None else packing.pack(text_tokens)
         for i, layer in enumerate(self._layers()):
             heads = None if head_mask is None else head_mask[i]
-            x, asked = layer(x, token_mask, image[i], links, heads, image_mask)
+            wanted = rows if i == last else None
+            x, asked = layer(x, token_mask, image[i], links, heads, image_mask, image_index, wanted, packing)
             if i == chosen:
+                asked = asked if packing is None else packing.pad(asked)
                 key, value = image[i]
                 words = token_mask if query_mask is None else query_mask
                 patches = None if image_mask is None else image_mask[:, 1:]
                 of_patches = (key[:, :, 1:], value[:, :, 1:])
                 found = layer.cross_attention.statistics(asked, of_patches, words, patches, heads)
-        return Fused(self.norm(x), found)
+        x = self.norm(x)
+        if packing is not None and rows is None:
+            x = packing.pad(x)
+        return Fused(x[:, :asked_rows], found)
 
     def record_importance(self, on: bool = True) -> None:
         """From the next forward on, note in each backward how much every head of the cross-attentions matters. Call it
@@ -230,3 +341,16 @@ class FusionEncoder(nn.Module):
         """Take (layers, H) float32 for what was noted, as a resumed run does."""
         for layer, row in zip(self._layers(), importance, strict=True):
             layer.cross_attention.importance = row.clone()
+
+
+def _check_index(image_index: ImageIndex, texts: int, images: int, head_mask: Tensor | None) -> None:
+    rows, left = divmod(texts, max(1, len(image_index)))
+    if left or not image_index:
+        raise ValueError(f"{texts} texts are not {len(image_index)} equal parts: image_index needs an entry for each")
+    for part in image_index:
+        if part is None and rows > images:
+            raise ValueError(f"a part of {rows} texts reads the first images, of which there are {images}")
+        if part is not None and part.shape != (rows,):
+            raise ValueError(f"a part of image_index is {tuple(part.shape)}, each has {rows} texts")
+    if head_mask is not None and head_mask.ndim != 2:
+        raise ValueError("head_mask is (layers, H) with image_index, the same for all samples")

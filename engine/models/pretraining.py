@@ -53,6 +53,13 @@ class PatchDecoder(nn.Module):
         return self.head(x)
 
 
+def build_patch_decoder(section: ModelSection, objectives: ObjectivesSection, drops: bool = False) -> PatchDecoder:
+    """Fresh: the decoder of a recipe. ``drops``: hidden patches are left out of the encoder."""
+    image = section.image
+    target = image.width if objectives.mim.target == "teacher_feature" else 3 * image.patch_size**2
+    return PatchDecoder(image.width, section.text.width, image.heads, image.mlp_ratio, target, self_attention=drops)
+
+
 class PretrainingModel(nn.Module):
     """Student of a run. ``model`` is paired by name with the teacher; the rest has no teacher."""
 
@@ -64,19 +71,17 @@ class PretrainingModel(nn.Module):
         max_length: int,
         masking: MaskingSection | None = None,
         mask_network: nn.Module | None = None,
+        pad_id: int = 0,
+        mask_id: int = 4,
     ) -> None:
         """``masking`` says whether hidden patches are left out, which the decoder has to make up for; default they are
-        not. ``mask_network``: see :class:`VisionLanguageModel`."""
+        not. ``mask_network``, ``pad_id``, ``mask_id``: see :class:`VisionLanguageModel`."""
         super().__init__()
-        image = section.image
-        self.model = VisionLanguageModel(section, vocabulary_size, max_length, mask_network=mask_network)
+        self.model = VisionLanguageModel(section, vocabulary_size, max_length, pad_id, mask_network, mask_id)
         # One element, not none: DeepSpeed cannot broadcast a 0-d parameter.
         self.temperature = nn.Parameter(torch.tensor([objectives.itc.temperature]))
-        target = image.width if objectives.mim.target == "teacher_feature" else 3 * image.patch_size**2
         drops = masking is not None and masking.hidden_patches == "drop"
-        self.patch_decoder = PatchDecoder(
-            image.width, section.text.width, image.heads, image.mlp_ratio, target, self_attention=drops
-        )
+        self.patch_decoder = build_patch_decoder(section, objectives, drops)
 
     def decode_patches(self, encoded: Encoded, text_tokens: Tensor, token_mask: Tensor) -> Tensor:
         """An image whose patches were hidden in either way and (B, L, text width) words -> (B, 1 + P, target width).

@@ -2,12 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+from crossmask.kernels import cross_attention
+
+from ..errors import RecipeError
 from ..recipe import TextTowerSection
 from .dropping import keep_visible, restore
+from .packing import Packing
+
+ATTENTION = "crossmask"  # the name under which transformers finds our attention
+
+
+@dataclass(frozen=True)
+class Words:
+    """Which words a packed batch has, and which of them may look at which."""
+
+    packing: Packing
+    mask: Tensor  # (B, L) bool
+    links: Tensor | None  # (B, L, L) bool
+
+
+def attend(
+    module: nn.Module,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    words: Words | None = None,
+    **other: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers asks for it, and of ``words`` that lie one after another, (1, H, N, D).
+
+    Returns:
+        (B, L, H, D) or (1, N, H, D), and no weights.
+    """
+    if words is None:
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, queries, keys, values, attention_mask, dropout=dropout, scaling=scaling, **other
+        )
+        return found
+    q, k, v = (words.packing.pad(x[0].transpose(0, 1)).transpose(1, 2) for x in (queries, keys, values))
+    read = cross_attention(
+        q,
+        k,
+        v,
+        key_mask=words.mask if words.links is None else None,
+        link_mask=words.links,
+        scale=scaling,
+        dropout_p=dropout,
+        check_finite=False,
+    ).output
+    return words.packing.pack(read.transpose(1, 2))[None], None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class TextTower(nn.Module):
@@ -16,7 +75,13 @@ class TextTower(nn.Module):
     def __init__(
         self, section: TextTowerSection, vocabulary_size: int, max_length: int, pad_id: int, mask_id: int
     ) -> None:
+        """RecipeError where ``section.positions`` is below ``max_length``."""
         super().__init__()
+        if section.positions is not None and section.positions < max_length:
+            raise RecipeError(
+                f"model.text.positions: {section.positions} are fewer than the {max_length} tokens of the longest "
+                "caption; raise it, or lower data.max_tokens"
+            )
         self.mask_id = mask_id
         config = BertConfig(
             vocab_size=vocabulary_size,
@@ -26,9 +91,10 @@ class TextTower(nn.Module):
             intermediate_size=int(section.width * section.mlp_ratio),
             hidden_dropout_prob=section.dropout,
             attention_probs_dropout_prob=section.dropout,
-            max_position_embeddings=max_length,
+            max_position_embeddings=section.positions or max_length,
             pad_token_id=pad_id,
-            type_vocab_size=1,
+            type_vocab_size=section.segments,
+            attn_implementation=ATTENTION,
         )
         self.bert = BertModel(config, add_pooling_layer=False)
         # BERT starts words and positions at one size, and the layer norm behind them mixes both. A text feature that
@@ -45,7 +111,7 @@ class TextTower(nn.Module):
     def forward(
         self, token_ids: Tensor, token_mask: Tensor, hidden: Tensor | None = None, links: Tensor | None = None
     ) -> Tensor:
-        """(B, L) int64 ids and bool mask -> (B, L, width) tokens.
+        """(B, L) int64 ids and bool mask -> (B, L, width) tokens; what comes out at padding says nothing.
 
         Args:
             hidden: (B, L) bool, words that skip the blocks and come out as the embedding of [MASK] at their position
@@ -76,9 +142,17 @@ class TextTower(nn.Module):
         """(B, N) ids, mask and positions, (B, N, N) links -> (B, N, width)."""
         if self.bert.config.num_hidden_layers == 0:
             return self.bert.embeddings(input_ids=token_ids, position_ids=positions)
-        mask = token_mask
         if links is not None:
             allowed = links & token_mask[:, None]
             itself = torch.eye(links.shape[1], dtype=torch.bool, device=links.device)
-            mask = (allowed | (itself & ~allowed.any(2, keepdim=True)))[:, None]  # 4-d masks are taken as they are
-        return self.bert(input_ids=token_ids, attention_mask=mask, position_ids=positions).last_hidden_state
+            links = allowed | (itself & ~allowed.any(2, keepdim=True))
+        packing = Packing.of(token_mask)
+        if packing is None:
+            mask = token_mask if links is None else links[:, None]  # 4-d masks are taken as they are
+            return self.bert(input_ids=token_ids, attention_mask=mask, position_ids=positions).last_hidden_state
+        if positions is None:
+            positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
+        x = self.bert.embeddings(packing.pack(token_ids)[None], position_ids=packing.pack(positions)[None])
+        for layer in self.bert.encoder.layer:
+            x = layer(x, words=Words(packing, token_mask, links))
+        return packing.pad(x[0])

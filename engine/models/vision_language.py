@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossmask.kernels.linear import use_linear
+
 from ..recipe import ModelSection
 from .dropping import Visible
-from .fusion import Fused, FusionEncoder, KeyValue
+from .fusion import BERT_EPS, Fused, FusionEncoder, ImageIndex, KeyValue
 from .text import TextTower
 from .vision import ImageTower
 
@@ -55,7 +57,7 @@ class VisionLanguageModel(nn.Module):
         mask_id: int = 4,
     ) -> None:
         """``mask_network``: a mask policy's own module (B, P, image width) -> (B, P); student and teacher get one each.
-        ``mask_id``: the word [MASK]."""
+        ``pad_id``, ``mask_id``: the words [PAD] and [MASK] of the tokenizer."""
         super().__init__()
         width, fusion = section.text.width, section.fusion
         self.pool = section.pool
@@ -63,13 +65,14 @@ class VisionLanguageModel(nn.Module):
         self.text = TextTower(section.text, vocabulary_size, max_length, pad_id, mask_id)
         self.image_projection = nn.Linear(section.image.width, section.projection_width)
         self.text_projection = nn.Linear(width, section.projection_width)
-        self.fusion = FusionEncoder(
-            width, section.image.width, fusion.depth, fusion.heads, fusion.mlp_ratio, fusion.dropout, fusion.qk_norm
-        )
+        self.fusion = FusionEncoder(width, section.image.width, fusion)
         self.match_head = nn.Linear(width, 2)
-        self.word_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.word_head = build_word_head(section)
         self.word_bias = nn.Parameter(torch.zeros(vocabulary_size))
         self.mask_network = mask_network
+        if fusion.norm == "post":
+            self.fusion.apply(begin_as_bert)
+        use_linear(self)
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -159,6 +162,8 @@ class VisionLanguageModel(nn.Module):
         links: Tensor | None = None,
         head_mask: Tensor | None = None,
         image_mask: Tensor | None = None,
+        image_index: ImageIndex | None = None,
+        rows: Tensor | None = None,
     ) -> Fused:
         """See :meth:`FusionEncoder.forward`."""
         return self.fusion(
@@ -170,6 +175,8 @@ class VisionLanguageModel(nn.Module):
             links=links,
             head_mask=head_mask,
             image_mask=image_mask,
+            image_index=image_index,
+            rows=rows,
         )
 
     def match_logits(self, fused_tokens: Tensor, token_mask: Tensor) -> Tensor:
@@ -181,9 +188,36 @@ class VisionLanguageModel(nn.Module):
             pooled = (fused_tokens * words).sum(1) / words.sum(1).clamp(min=1)
         return self.match_head(pooled).float()
 
+    def word_hidden(self, rows: Tensor) -> Tensor:
+        """(N, width) fused rows -> (N, width): the word head before its decoder."""
+        hidden: Tensor = self.word_head(rows)
+        return hidden
+
+    @property
+    def word_decoder(self) -> tuple[Tensor, Tensor]:
+        """(V, width) and (V,): weight, tied to the word embeddings, and bias of the decoder behind ``word_hidden``.
+
+        Under ZeRO stage 3 only inside this module's forward, or the teacher's ``weights()``.
+        """
+        return self.text.word_embeddings.weight, self.word_bias
+
     def word_logits(self, rows: Tensor) -> Tensor:
-        """(N, width) fused rows -> (N, V); the decoder is tied to the word embeddings."""
-        return F.linear(self.word_head(rows), self.text.word_embeddings.weight, self.word_bias)
+        """(N, width) fused rows -> (N, V)."""
+        return F.linear(self.word_hidden(rows), *self.word_decoder)
+
+
+def build_word_head(section: ModelSection) -> nn.Sequential:
+    """Fresh: what stands before the decoder."""
+    width, post = section.text.width, section.fusion.norm == "post"
+    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, BERT_EPS if post else 1e-5))
+    return head.apply(begin_as_bert) if post else head
+
+
+def begin_as_bert(module: nn.Module) -> None:
+    """BERT's first weights, N(0, 0.02) (Devlin et al. 2019), which its kind of layers is made for."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
 
 
 def _mean(tokens: Tensor, valid: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from .itc import image_text_contrast
 from .itm import PRIOR, image_text_matching
+from .masked_words import MaskedWords
 from .masks import RunMasks, Seen
 from .mim import masked_image_modelling
 from .mlm import masked_language_modelling
@@ -10,6 +11,7 @@ from .views import Keys, StudentView, TeacherView, Terms, look
 __all__ = [
     "PRIOR",
     "Keys",
+    "MaskedWords",
     "RunMasks",
     "Seen",
     "StudentView",

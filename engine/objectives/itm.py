@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..masking import Draws
 from ..models import VisionLanguageModel
 from .views import StudentView, TeacherView, Terms
 
@@ -14,31 +15,41 @@ PRIOR = 0.6365141682948128  # entropy in nats of one match among three pairs: wh
 
 @torch.no_grad()
 def draw_negatives(
-    student: StudentView, teacher: TeacherView, group_id: Tensor, temperature: Tensor, rows: int, hardness: float
+    student: StudentView,
+    teacher: TeacherView,
+    group_id: Tensor,
+    temperature: Tensor,
+    rows: int,
+    hardness: float,
+    draws: Draws,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each of the first ``rows`` texts an image, and for each of those images a text, that do not belong to it.
 
+    As in ALBEF's public code a text draws in proportion to softmax over this rank's images of <student text feature,
+    teacher image feature> / temperature, and an image likewise by <student image feature, teacher text feature>. There
+    true matches are taken out behind the softmax, here before it, which is the same distribution and cannot run out of
+    mass. Both directions are drawn at once, by the largest of logit + Gumbel noise (Gumbel-max: Gumbel 1954), and
+    nothing waits for the device.
+
     Args:
-        student, teacher: similarities are of the student's features to the teacher's, as in ALBEF.
-        group_id: (B,) equal ids are true matches and never drawn: they are removed before the softmax, so a row
-            whose whole batch belongs to it cannot be drawn from.
+        group_id: (B,) equal ids are true matches and never drawn, so a row whose whole batch belongs to it cannot be
+            drawn from.
         hardness: draw in proportion to softmax(hardness * similarity / temperature): 0 uniformly, 1 as ALBEF does.
             Beginning with easy negatives is our addition, for training from scratch.
+        draws: of the batch's samples; a row's noise is that of its sample.
 
     Returns:
-        (rows,) indices of images, (rows,) indices of texts, (rows,) bool: whether a legal negative exists.
+        (rows,) indices of images, (rows,) indices of texts, (rows,) bool: whether there is a legal negative on both
+        sides. Features that are not finite are none. Without one the index is 0.
     """
-    same = group_id[:rows, None] == group_id[None, :]
-    legal = ~same.all(1)
-    drawn = []
-    pairs = ((student.text.feature, teacher.image_feature), (student.image.feature, teacher.text_feature))
-    for queries, keys in pairs:
-        z = hardness * (queries[:rows] @ keys.T).float() / temperature
-        weight = z.masked_fill(same, -torch.inf).softmax(1)
-        # multinomial refuses NaN, which a row without a legal negative, or one of broken features, has become.
-        weight = torch.where(weight.isfinite().all(1, keepdim=True), weight, torch.ones_like(weight))
-        drawn.append(torch.multinomial(weight, 1)[:, 0])
-    return drawn[0], drawn[1], legal
+    queries = torch.stack([student.text.feature[:rows], student.image.feature[:rows]])
+    keys = torch.stack([teacher.image_feature, teacher.text_feature])
+    z = hardness * (queries @ keys.mT).float() / temperature  # (2, rows, B)
+    illegal = (group_id[:rows, None] == group_id[None, :]) | ~z.isfinite()
+    z = z.masked_fill(illegal, -torch.inf)
+    noise = Draws(draws.seed, draws.step, draws.index[:rows]).uniform("negatives", 2, len(group_id)).transpose(0, 1)
+    images, texts = (z - (-noise.log()).log()).argmax(2).unbind(0)
+    return images, texts, (~illegal).any(2).all(0)
 
 
 def image_text_matching(
@@ -49,28 +60,34 @@ def image_text_matching(
     group_id: Tensor,
     temperature: Tensor,
     rows: int,
+    draws: Draws,
     hardness: float = 1.0,
     head_mask: Tensor | None = None,
 ) -> Terms:
     """ITM of ALBEF: a pair, the same text with a negative image, the same image with a negative text.
 
-    Gradients reach the negatives too. ``token_mask`` (B, L), ``group_id`` (B,); ``head_mask`` (layers, H) bool says
-    which heads of the fusion encoder's cross-attention are on.
+    Gradients reach the negatives too. A pair for which no negative exists is left out, and with it its own match, which
+    would teach to say yes; a batch without any negative gives 0 with a live graph. ``token_mask`` (B, L), ``group_id``
+    (B,); ``head_mask`` (layers, H) bool says which heads of the fusion encoder's cross-attention are on.
     """
     assert student.image_keys is not None
     tau = temperature.detach().float().clamp(0.001, 0.5)
-    images, texts, legal = draw_negatives(student, view, group_id, tau, rows, hardness)
+    images, texts, legal = draw_negatives(student, view, group_id, tau, rows, hardness, draws)
     own = torch.arange(rows, device=group_id.device)
-    text_index, image_index = torch.cat([own, own, texts]), torch.cat([own, images, own])
+    text_index = torch.cat([own, own, texts])
+    text_mask = token_mask[text_index]
     fused = model.fuse(
         student.text.tokens[text_index],
-        token_mask[text_index],
-        [(k[image_index], v[image_index]) for k, v in student.image_keys],
+        text_mask,
+        student.image_keys,
         head_mask=head_mask,
+        image_index=(None, images, None),
+        # where [CLS] speaks for the pair, nothing else is computed by the last layer
+        rows=torch.zeros_like(text_index)[:, None] if model.pool == "cls" else None,
     )
-    logits = model.match_logits(fused.tokens, token_mask[text_index])
+    logits = model.match_logits(fused.tokens, text_mask)
     target = (torch.arange(3 * rows, device=group_id.device) < rows).long()
-    kept = legal.repeat(3).float()  # a match without its negatives would teach to say yes
+    kept = legal.repeat(3).float()
     count = kept.sum().clamp(min=1)
     loss = (F.cross_entropy(logits, target, reduction="none") * kept).sum() / count
     correct = ((logits.argmax(1) == target).float() * kept).sum() / count

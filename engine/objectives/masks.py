@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,11 @@ from crossmask.kernels import AttentionStatistics, max_similarity
 
 from ..data import PairData
 from ..data.batch import Batch
-from ..data.tokenizer import split_words
 from ..errors import RecipeError
 from ..masking import Corpus, Draws, MaskContext, MaskPlan, MaskPlanner, check_masking
 from ..masking.priors import PatchPriors
 from ..models import Encoded, VisionLanguageModel
+from ..models.fusion import KeyValue
 from ..recipe import Recipe
 
 
@@ -27,7 +28,7 @@ class Seen:
 
     image: Encoded
     text: Encoded
-    statistics: AttentionStatistics | None
+    statistics: AttentionStatistics | None = None
     fused_tokens: Tensor | None = None  # (B, L, width)
 
 
@@ -42,7 +43,8 @@ class RunMasks:
     def __init__(self, recipe: Recipe, data: PairData) -> None:
         section, image = recipe.masking, recipe.model.image
         self.recipe = recipe
-        self.planner = MaskPlanner(section, data.tokenizer.mask_id, data.tokenizer.vocabulary_size)
+        tokenizer = data.tokenizer
+        self.planner = MaskPlanner(section, tokenizer.mask_id, tokenizer.vocabulary_size, tokenizer.word_ids)
         grid = (image.size // image.patch_size,) * 2
         self.priors = None if section.prior is None else PatchPriors(section.prior, grid, data.train_size)
         check_masking(recipe)
@@ -64,6 +66,11 @@ class RunMasks:
         """Whether the image tower's own attention is read."""
         return "image_attention" in self.planner.needs
 
+    @property
+    def statistics(self) -> bool:
+        """Whether the fusion encoder's cross-attention is read."""
+        return "statistics" in self.planner.needs
+
     def add_priors(self, batch: Batch) -> Batch:
         """A training batch, still on the CPU, with its patches' weights."""
         if self.priors is None:
@@ -71,9 +78,14 @@ class RunMasks:
         return replace(batch, priors=self.priors(batch, training=True))
 
     def see(
-        self, model: VisionLanguageModel, batch: Batch, image: Encoded | None = None, text: Encoded | None = None
+        self,
+        model: VisionLanguageModel,
+        batch: Batch,
+        image: Encoded | None = None,
+        text: Encoded | None = None,
+        keys: Sequence[KeyValue] | None = None,
     ) -> Seen:
-        """A batch through the model; towers that have run already are not run again."""
+        """A batch through the model; what has been computed already is not computed again."""
         if image is None:
             image = model.encode_image(batch.images, attention=self.attention)
         if text is None:
@@ -81,7 +93,7 @@ class RunMasks:
         fused = model.fuse(
             text.tokens,
             batch.token_mask,
-            model.project_image(image.tokens),
+            model.project_image(image.tokens) if keys is None else keys,
             statistics_layer=self.recipe.masking.layer,
             query_mask=batch.maskable,
         )
@@ -122,8 +134,8 @@ class RunMasks:
 
 def corpus(data: PairData) -> Corpus:
     """The training captions as token ids."""
-    pieces = data.tokenizer.pieces
-    captions = [[i for word in split_words(text) for i in pieces(word)] for text in data.training_captions()]
-    size = data.tokenizer.vocabulary_size
-    continuations = [i for i, name in enumerate(data.tokenizer.words(range(size))) if name.startswith("##")]
-    return Corpus(captions, size, pieces, frozenset(continuations))
+    tokenizer = data.tokenizer
+    split, pieces, size = tokenizer.split, tokenizer.pieces, tokenizer.vocabulary_size
+    captions = [[i for word in split(text) for i in pieces(word)] for text in data.training_captions()]
+    continuations = [i for i, name in enumerate(tokenizer.words(range(size))) if name.startswith("##")]
+    return Corpus(captions, size, pieces, frozenset(continuations), tokenizer.special_ids, split)

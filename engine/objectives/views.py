@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,22 +13,25 @@ from ..data.batch import Batch
 from ..masking import MaskPlan
 from ..models import Encoded, VisionLanguageModel
 from ..models.fusion import KeyValue
-from .masks import RunMasks
+from .masked_words import MaskedWords
+from .masks import RunMasks, Seen
 
 Terms = dict[str, Tensor]  # named scalars: losses under their objective's name, measures under longer names
 
 
 @dataclass(frozen=True)
 class TeacherView:
-    """The intact batch through the momentum model. The first R pairs went through its fusion encoder."""
+    """The batch through the momentum model. The first R pairs are those of ITM, MLM and MIM."""
 
     image_feature: Tensor  # (B, E)
     text_feature: Tensor  # (B, E)
-    image_tokens: Tensor | None = None  # (R, 1 + P, width)
-    fused_tokens: Tensor | None = None  # (R, L, width)
-    statistics: AttentionStatistics | None = None
+    image_tokens: Tensor | None = None  # (R, 1 + P, width) of the intact images
+    statistics: AttentionStatistics | None = None  # of the intact pairs, where the mask policy reads them
     plan: MaskPlan | None = None  # (R, P) and (R, L)
-    word_logits: Tensor | None = None  # (masked words, V), in the order of plan.text's True entries
+    words: MaskedWords | None = None  # of the plan, where MLM is on
+    word_hidden: Tensor | None = None  # (masked words, width) before the decoder, where MLM has soft labels
+    word_weight: Tensor | None = None  # (V, width) of the decoder; holds what ZeRO stage 3 gathered until the backward
+    word_bias: Tensor | None = None  # (V,)
 
 
 @dataclass(frozen=True)
@@ -42,30 +45,49 @@ class StudentView:
 
 @dataclass(frozen=True)
 class Keys:
-    """What ITC contrasts against: every rank's teacher features and the queue."""
+    """What ITC contrasts against: features of every rank's batch, and apart from them those of the queue."""
 
     image: Tensor  # (M, E)
     text: Tensor  # (M, E)
     group_id: Tensor  # (M,)
+    queue: Keys | None = None
 
 
 @torch.no_grad()
 def look(teacher: VisionLanguageModel, batch: Batch, masks: RunMasks, step: int, rows: int) -> TeacherView:
-    """The teacher's features of the whole batch, and of its first ``rows`` pairs everything that masking needs."""
+    """The teacher's features of the whole batch, and of its first ``rows`` pairs what masks and soft labels need.
+
+    Intact pairs are fused where the mask policy reads attention or where soft labels come from them; masked captions
+    where soft labels come from those (``mlm.teacher_reads``), after the plan is made; nothing where neither is read.
+    """
     image = teacher.encode_image(batch.images, attention=masks.attention and rows > 0)
     text = teacher.encode_text(batch.token_ids, batch.token_mask)
+    view = TeacherView(image.feature, text.feature)
     if rows == 0:
-        return TeacherView(image.feature, text.feature)
-    part = batch.rows(slice(rows))
-    seen = masks.see(teacher, part, image.rows(slice(rows)), text.rows(slice(rows)))
-    assert seen.fused_tokens is not None
+        return view
+    part, image, text = batch.rows(slice(rows)), image.rows(slice(rows)), text.rows(slice(rows))
+    mlm = masks.recipe.objectives.mlm
+    labels = mlm.weight > 0 and mlm.distillation > 0
+    keys = teacher.project_image(image.tokens) if labels or masks.statistics else []
+    seen = masks.see(teacher, part, image, text, keys) if masks.statistics else Seen(image, text)
     plan = masks.plan(teacher, part, seen, step)
-    return TeacherView(
-        image.feature,
-        text.feature,
-        seen.image.tokens,
-        seen.fused_tokens,
-        seen.statistics,
-        plan,
-        teacher.word_logits(seen.fused_tokens[plan.text]),
+    view = replace(view, image_tokens=image.tokens, statistics=seen.statistics, plan=plan)
+    if mlm.weight == 0:
+        return view
+    words = MaskedWords.of(plan.text)
+    if not labels:
+        return replace(view, words=words)
+    if mlm.teacher_reads == "intact" and seen.fused_tokens is not None:
+        fused = words.at_places(seen.fused_tokens)
+    else:
+        if mlm.teacher_reads == "masked":
+            text = teacher.encode_text(plan.read(part.token_ids), part.token_mask)
+        fused = teacher.fuse(text.tokens, part.token_mask, keys, rows=words.places).tokens
+    weight, bias = teacher.word_decoder
+    return replace(
+        view,
+        words=words,
+        word_hidden=teacher.word_hidden(words.take(fused)),
+        word_weight=weight.detach(),
+        word_bias=bias.detach(),
     )

@@ -107,19 +107,24 @@ class Teacher:
         return applied
 
     @contextmanager
-    def weights(self) -> Iterator[nn.Module]:
+    def weights(self, *, dropout: bool = False) -> Iterator[nn.Module]:
         """The model, ready to be called: whole weights, no gradient, autocast where the student has it.
 
+        ``dropout``: in train mode, so that dropout drops, as ALBEF's public code leaves its momentum model; batch norms
+        stay in eval mode. Outside, and inside a nested use without it, the model is in eval mode.
         Collective at stage 3: one all-gather of all weights at each outermost use, which are held whole and freed
         afterwards. May be nested. At stages 0 to 2 one rank may use it alone.
         """
         if not self._uses:
             self._shadow.gather()
         self._uses += 1
+        outer = self._model.training
+        _drop(self._model, dropout)
         try:
             with torch.no_grad(), autocast(self.engine) or nullcontext():
                 yield self.model
         finally:
+            _drop(self._model, outer)
             self._uses -= 1
             if not self._uses:
                 self._shadow.release()
@@ -157,6 +162,16 @@ class Teacher:
         self._shadow.refresh()
         self._buffers.load(state)
         self.updates, self._followed = updates, self.engine.global_steps
+
+
+def _drop(model: nn.Module, on: bool) -> None:
+    """Train mode, but for batch norms, whose running means are the student's to move; or eval mode."""
+    if model.training == on:
+        return
+    model.train(on)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def _build(build_model: Callable[[], nn.Module], device: torch.device) -> nn.Module:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecipeError
+from .bf16_step import spare_passes
 from .shadows import FlatGroup, FlatShadow, Masters, Pair, ReplicatedShadow, Shadow, Shard, ShardedShadow
 
 TESTED = "0.19"
@@ -32,6 +33,9 @@ def initialize_untouched(student: nn.Module, optimizer: torch.optim.Optimizer, c
 
     At stage 0 in fp32 the optimizer is the caller's own, and DeepSpeed would apply gradients that are not finite. Here
     ``engine.step()`` leaves such a step out and ``engine.was_step_applied()`` says so, as at every other stage.
+
+    At stage 0 a single rank's gradients are not copied to and fro to be averaged, and a bf16 step reads them twice, not
+    six times.
     """
     import deepspeed
 
@@ -44,7 +48,21 @@ def initialize_untouched(student: nn.Module, optimizer: torch.optim.Optimizer, c
         vars(optimizer).update(own)
     if engine.optimizer is optimizer:
         _leave_out_overflows(optimizer)
+    if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer" and engine.bfloat16_enabled():
+        spare_passes(engine.optimizer)
+    if engine.seq_dp_world_size == 1 and engine.zero_optimization_stage() == 0:
+        _keep_gradients(engine)
     return engine
+
+
+def _keep_gradients(engine: Any) -> None:
+    """Leaves the gradients of a single rank where they are.
+
+    At stage 0 DeepSpeed joins all of them into new memory, averages that over one rank and copies it back: three passes
+    over the gradients and as much memory again, for nothing. What it does besides is kept: a parameter that no loss
+    reached gets a gradient of zeros, as on several ranks.
+    """
+    engine.buffered_allreduce_fallback = lambda *arguments, **options: engine._get_gradients_for_reduction()
 
 
 def _leave_out_overflows(optimizer: Any) -> None:

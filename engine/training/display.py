@@ -271,7 +271,8 @@ def _console() -> Console:
 def _number(value: Any, form: str = "{:.3f}") -> str:
     if value is None:
         return "–"
-    return form.format(float(value)) if math.isfinite(float(value)) else "not finite"
+    shown = form.format(float(value)) if math.isfinite(float(value)) else "not finite"
+    return shown if shown.strip("-0.,") else shown.removeprefix("-")  # a loss of nothing is no "-0.000"
 
 
 def _percent(value: Any) -> str:

@@ -54,7 +54,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool) -> int:
     beat("reading the data")
     data = load_data(recipe)
     beat("building the model")
-    pretrainer = Pretrainer(recipe, data, rank, world_size, device)
+    pretrainer = Pretrainer(recipe, data, rank, world_size, device, resumed=resume)
     run = Run(recipe, run_dir, pretrainer, rank, world_size)
     with run_lock(run_dir, "trained") if rank == 0 else nullcontext(), StopRequest() as stop:
         return run.go(stop, resume)
@@ -110,7 +110,7 @@ class Run:
                 TrainingDisplay(
                     total,
                     recipe.name,
-                    "\n".join([recipe.note, *recipe.notices()]).strip(),
+                    "\n".join([recipe.note, *recipe.notices(), *pretrainer.notices()]).strip(),
                     self.first,
                     start_step=pretrainer.next_step,
                     machine=str(machine.get("processor", "")),

@@ -11,11 +11,12 @@ from torch import nn
 from ..recipe import OptimizerSection, Recipe
 
 # Embeddings of position and of special tokens are learned biases by nature: decay would pull them together.
-UNDECAYED = ("pos_embed", "cls_token", "position_embeddings", "token_type_embeddings")
+UNDECAYED = ("pos_embed", "cls_token", "mask_token", "position_embeddings", "token_type_embeddings")
 
 
 def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
-    """Matrices with weight decay; scalars, vectors and position embeddings without; the temperature at its own rate.
+    """Matrices with weight decay; scalars, vectors, embeddings of positions and of special tokens without; the
+    temperature at its own rate.
 
     ``lr_scale`` is a group's factor on the schedule's learning rate.
     """
@@ -39,9 +40,10 @@ def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up to ``optimizer.lr``, then a cosine to ``optimizer.final_lr`` at ``training.max_steps``."""
+    """Linear warm-up from ``optimizer.warmup_lr`` to ``optimizer.lr``, then a cosine to ``optimizer.final_lr`` at
+    ``training.max_steps``."""
     section, warmup = recipe.optimizer, recipe.warmup_steps
     if step < warmup:
-        return section.lr * (step + 1) / warmup
+        return section.warmup_lr + (section.lr - section.warmup_lr) * (step + 1) / warmup
     progress = (step - warmup) / max(1, recipe.training.max_steps - warmup)
     return section.final_lr + 0.5 * (section.lr - section.final_lr) * (1 + math.cos(math.pi * progress))

@@ -20,6 +20,7 @@ from ..models.fusion import FusionEncoder
 from ..objectives import Keys, RunMasks, TeacherView, Terms, look
 from ..recipe import Recipe
 from ..teacher import FeatureQueue, Teacher, gather_features, initialize_untouched, named_schedule
+from .initial import Initial
 from .nonfinite import NonFiniteGuard
 from .optimizer import build_optimizer, learning_rate
 from .step import Schedule, compute_losses, fusion_rows
@@ -46,32 +47,68 @@ class Pretrainer:
     and the state that a checkpoint holds, so a resumed run continues as if nothing had happened.
     """
 
-    def __init__(self, recipe: Recipe, data: PairData, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: PairData,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        resumed: bool = False,
+    ) -> None:
+        """``resumed``: a checkpoint will be loaded, so the weights that the recipe starts from are not looked for."""
         self.recipe, self.data, self.rank, self.device = recipe, data, rank, device
         training, model = recipe.training, recipe.model
         self.masks = RunMasks(recipe, data)
         torch.manual_seed(recipe.seed)  # the same initial weights on every rank
         sizes = (data.tokenizer.vocabulary_size, data.max_tokens)
         network = self.masks.network()
-        student = PretrainingModel(model, recipe.objectives, *sizes, masking=recipe.masking, mask_network=network)
+        specials = {"pad_id": data.tokenizer.pad_id, "mask_id": data.tokenizer.mask_id}
+        student = PretrainingModel(
+            model, recipe.objectives, *sizes, masking=recipe.masking, mask_network=network, **specials
+        )
+        initial = None if resumed else Initial(student, recipe, data.tokenizer)
         optimizer = build_optimizer(student, recipe.optimizer)
         self.engine: Any = initialize_untouched(
             student, optimizer, build_deepspeed_config(recipe, world_size, device.type)
         )
         self.teacher = Teacher(
             self.engine,
-            lambda: VisionLanguageModel(model, *sizes, mask_network=self.masks.network()),
+            lambda: VisionLanguageModel(model, *sizes, mask_network=self.masks.network(), **specials),
             named_schedule(recipe.teacher.schedule, recipe.teacher.momentum, training.max_steps),
             buffers=recipe.teacher.buffers,
         )
-        self.queue = FeatureQueue(recipe.objectives.itc.queue_length, model.projection_width, device)
+        itc = recipe.objectives.itc
+        self.queue = FeatureQueue(
+            itc.queue_length,
+            model.projection_width,
+            device,
+            random_seed=recipe.seed if itc.queue_initial == "random" else None,
+        )
+        self._notices: list[str] = []
+        if initial is not None:
+            self._notices = initial.notices
+            if initial.teacher is not None:
+                self.teacher.load_state_dict(initial.teacher)
+            if initial.queue is not None:
+                self.queue.load_state_dict(initial.queue)
         self.sampler = StepSampler(
             data.train_size, training.batch_size, world_size, recipe.seed, training.accumulation_steps
         )
         self.guard = NonFiniteGuard(training.max_nonfinite, data.name_of)
         self.next_step = 0
         self.seconds: dict[str, float] = {}  # where the time went, by part, since the start
-        torch.manual_seed(recipe.seed + 1 + rank)  # from here on ranks draw their own dropout, negatives, corruption
+        torch.manual_seed(recipe.seed + 1 + rank)  # from here on ranks draw their own dropout
+
+    def notices(self) -> list[str]:
+        """Lines for the start of a run: what of the data is left out, which weights are new, and what of the recipe so
+        many ranks leave out."""
+        training = self.recipe.training
+        pairs = training.batch_size // (self.sampler.world_size * training.accumulation_steps)
+        if pairs > 1 or self.recipe.objectives.itm.weight == 0:
+            return [*self.data.notices(), *self._notices]
+        alone = "ITM is left out: a rank's batch is one pair, of which there is no negative (training.batch_size)"
+        return [*self.data.notices(), *self._notices, alone]
 
     def step(self) -> tuple[Terms, dict[str, float]]:
         """Train on the next global batch. Collective.
@@ -112,13 +149,11 @@ class Pretrainer:
         recipe = self.recipe
         rows = fusion_rows(len(batch), recipe.objectives, schedule)
         beat("teacher's forward")
-        with self.teacher.weights() as teacher:
+        with self.teacher.weights(dropout=recipe.teacher.dropout) as teacher:
             view: TeacherView = teacher(lambda m: look(m, batch, self.masks, schedule.step, rows))
-        fresh = [gather_features(x) for x in (view.image_feature, view.text_feature, batch.group_id)]
-        keys = Keys(*fresh)
-        if schedule.queue:
-            queued = (self.queue.image, self.queue.text, self.queue.group_id)
-            keys = Keys(*(torch.cat(pair) for pair in zip(fresh, queued, strict=True)))
+        image, text, group_id = (gather_features(x) for x in (view.image_feature, view.text_feature, batch.group_id))
+        queued = Keys(self.queue.image, self.queue.text, self.queue.group_id)  # views, until the next enqueue
+        keys = Keys(image, text, group_id, queued if schedule.queue and len(self.queue) else None)
         clock.lap("teacher")
         planner = self.masks.planner
         beat("student's forward")
@@ -133,7 +168,7 @@ class Pretrainer:
         self.engine.step()
         clock.lap("optimizer")
         applied = self.teacher.follow()
-        self.queue.enqueue(*fresh)
+        self.queue.enqueue(image, text, group_id)
         clock.lap("ema")
         if last:
             self.guard.stepped(applied, batch.index, self.engine)

@@ -42,7 +42,7 @@ def check_recipe(saved: str, recipe: Recipe, checkpoint: str) -> list[str]:
             f"{checkpoint}: its recipe is of another version of crossmask; start the run again"
         ) from None
     remarks = []
-    for name, old, new in _differences(before, recipe):
+    for name, old, new in differences(before, recipe):
         if _within(name, FREE):
             continue
         change = f"{name} was {_text(old)} when {checkpoint} was saved and is {_text(new)} in the run's recipe.yaml"
@@ -55,7 +55,8 @@ def check_recipe(saved: str, recipe: Recipe, checkpoint: str) -> list[str]:
     return remarks
 
 
-def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name and both values, as in JSON, of every field that is not the same."""
     old, new = (dict(_flat(recipe.model_dump(mode="json"))) for recipe in (before, now))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from crossmask.kernels import topk_mask
@@ -11,7 +12,7 @@ from crossmask.kernels import topk_mask
 from ..data.batch import Batch
 from ..masking import Draws, MaskPlan, MaskPlanner
 from ..masking.links import build_links
-from ..models import PretrainingModel
+from ..models import Encoded, PretrainingModel, VisionLanguageModel
 from ..objectives import (
     Keys,
     StudentView,
@@ -64,6 +65,21 @@ def masked_words(plan: MaskPlan, mask_id: int) -> Tensor:
     return plan.replacement.eq(mask_id)
 
 
+def _encode_captions(
+    model: VisionLanguageModel, batch: Batch, view: TeacherView, masked: bool
+) -> tuple[Encoded, Encoded | None]:
+    """The captions through the text tower and, if ``masked``, as the student reads the plan's.
+
+    Both in one pass: the gradients of the tower, above all of its vocabulary, are then made once and not added up.
+    """
+    if not masked or view.plan is None:
+        return model.encode_text(batch.token_ids, batch.token_mask), None
+    size, rows = len(batch), len(view.plan.text)
+    ids, mask = batch.token_ids, batch.token_mask
+    both = model.encode_text(torch.cat([ids, view.plan.read(ids[:rows])]), torch.cat([mask, mask[:rows]]))
+    return both.rows(slice(size)), both.rows(slice(size, None))
+
+
 def compute_losses(
     student: PretrainingModel,
     batch: Batch,
@@ -78,7 +94,8 @@ def compute_losses(
     model, alpha, section, masking = student.model, schedule.distillation, recipe.objectives, recipe.masking
     rows = 0 if view.plan is None else len(view.plan.text)
     draws = Draws(recipe.seed, schedule.step, batch.index)
-    text = model.encode_text(batch.token_ids, batch.token_mask)
+    plain = masking.hidden_words == "token" and masking.links.kind == "none"
+    text, masked_text = _encode_captions(model, batch, view, section.mlm.weight > 0 and plain)
     if schedule.patch_drop > 0:
         patches = model.patch_grid[0] * model.patch_grid[1]
         gone = int(schedule.patch_drop * patches)
@@ -92,7 +109,7 @@ def compute_losses(
     if section.itc.weight > 0:
         distillation = alpha * section.itc.distillation
         terms |= image_text_contrast(seen, view, keys, batch.group_id, student.temperature[0], distillation)
-    if rows and section.itm.weight > 0:
+    if rows and section.itm.weight > 0 and len(batch) > 1:  # of one pair there is no negative
         terms |= image_text_matching(
             model,
             seen,
@@ -101,6 +118,7 @@ def compute_losses(
             batch.group_id,
             student.temperature[0],
             rows,
+            draws,
             schedule.hardness,
             head_mask=head_mask,
         )
@@ -117,6 +135,7 @@ def compute_losses(
             later=masked_words(view.plan, masks.mask_id) if masking.hidden_words == "later" else None,
             links=build_links(masking.links, mask, Draws(recipe.seed, schedule.step, batch.index[:rows])),
             head_mask=head_mask,
+            text=masked_text,
         )
     if rows and section.mim.weight > 0:
         images, mask = batch.images[:rows], batch.token_mask[:rows]

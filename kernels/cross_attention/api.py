@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from . import finite, op, reference
 from .checks import check, check_names, check_types
 from .dispatch import PLAIN, Implementation, choose, implementation
 from .request import Forward, Masks
+from .unseeded import drop
 
 __all__ = ["AttentionStatistics", "CrossAttentionOutput", "cross_attention", "implementation"]
 
@@ -77,7 +79,7 @@ def cross_attention(
         dropout_p: probability of dropping a weight, in [0, 1); what is kept is divided by ``1 - dropout_p``. Pass 0
             when evaluating.
         dropout_seed: int, or (1,) int64 on the device of ``q``; None draws one from the device's generator. The same
-            seed drops the same weights in every implementation (``dropout.py``).
+            seed drops the same weights in every implementation but ``eager`` (``dropout.py``).
         statistics: any of ``lse``, ``max_probability``, ``entropy``, ``key_attention``, ``query_attention``,
             ``key_max``. What is not asked for costs nothing.
         per_head: key and query statistics for every head, instead of their mean (maximum) over heads.
@@ -87,9 +89,10 @@ def cross_attention(
         check_finite: raise where NaN or infinity of an input reaches the result. None looks where that needs no
             synchronisation: on a CPU, outside torch.compile. In compiled code True works for ``triton`` and
             ``blockwise`` alone.
-        impl: ``None`` picks ``triton`` on a GPU; elsewhere PyTorch's own attention (``sdpa``, or ``eager`` in half
-            precision on a CPU) for the output alone, and ``blockwise`` (plain PyTorch, never all B·H·S·P weights at
-            once) for more. A name forces one; ``reference`` is the specification and materialises the weights.
+        impl: ``None`` picks ``triton`` on a GPU; elsewhere PyTorch's own attention (``sdpa``, or on a CPU ``eager`` in
+            half precision and for dropout without a seed) for the output alone, and ``blockwise`` (plain PyTorch, never
+            all B·H·S·P weights at once) for more. A name forces one; ``reference`` is the specification and
+            materialises the weights, as ``eager`` does.
 
     Gradients flow through the output and through every statistic but ``key_max``: a loss on where attention looks needs
     no materialised weights either. The formulas are in ``triton/backward.py``.
@@ -108,12 +111,12 @@ def cross_attention(
     q, k, v = op.autocast(q, k, v)
     names = check_names(statistics)
     head_mask = check(q, k, v, key_mask, query_mask, head_mask, link_mask)
-    chosen = choose(impl, q.device, q.dtype, names, dropout_p)
+    chosen = choose(impl, q.device, q.dtype, names, dropout_p, dropout_seed is not None)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if check_finite is None:
         check_finite = finite.costs_nothing(q)
     if chosen in PLAIN:
-        attend = F.scaled_dot_product_attention if chosen == "sdpa" else _eager
+        attend = F.scaled_dot_product_attention if chosen == "sdpa" else partial(_eager, dropout_p=dropout_p)
         output = _plain(q, k, v, key_mask, head_mask, link_mask, scale, attend)
         if check_finite and not torch.compiler.is_compiling():
             finite.check(q, k, v, output, None)
@@ -164,11 +167,12 @@ def _plain(
     return output.where(seen, 0.0)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float, dropout_p: float = 0.0) -> Tensor:
     s = (q * scale) @ k.transpose(-1, -2)
     if attn_mask is not None:
         s = s.masked_fill(~attn_mask, -torch.inf)
-    return s.softmax(-1) @ v
+    weights = s.softmax(-1)
+    return (drop(weights, dropout_p) if dropout_p else weights) @ v
 
 
 def _seed(given: int | Tensor | None, device: torch.device) -> Tensor:

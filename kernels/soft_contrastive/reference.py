@@ -1,9 +1,11 @@
-"""Soft-target contrastive loss in plain PyTorch: the specification. It materialises the (N, M) logits."""
+"""Soft-target contrastive loss in plain PyTorch: the specification. It materialises the (N, M + Q) logits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .request import accumulation
 
 
 def soft_contrastive_reference(
@@ -14,16 +16,23 @@ def soft_contrastive_reference(
     key_groups: Tensor,
     temperature: Tensor,
     distillation: float,
+    queue: Tensor | None = None,
+    queue_groups: Tensor | None = None,
 ) -> Tensor:
-    """(N,) losses; see ``api.py``. Uses L = lse(z) - alpha sum_j q_j z_j - (1 - alpha) mean over positives of z."""
-    compute = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    """(N,) losses; see ``api.py``. Differentiable twice."""
+    compute = accumulation(queries.dtype)
     tau = temperature.to(compute)
-    z = queries.to(compute) @ keys.to(compute).T / tau
-    positive = (query_groups[:, None] == key_groups[None, :]).to(compute)
-    match = (z * positive).sum(1) / positive.sum(1)
-    loss = torch.logsumexp(z, 1) - (1 - distillation) * match
+    rows, groups = keys.to(compute), key_groups
+    if queue is not None and queue_groups is not None:
+        rows, groups = torch.cat((rows, queue.detach().to(compute))), torch.cat((groups, queue_groups))
+    z = queries.to(compute) @ rows.T / tau
+    match = (query_groups[:, None] == groups[None, :]) & (groups != -1)
+    count = match.sum(1)
+    lse, found = torch.logsumexp(z, 1), count > 0
+    positive = (z * match).sum(1) / count.clamp(min=1)
+    loss = (1 - distillation) * torch.where(found, lse - positive, 0.0)
     if distillation > 0:
         with torch.no_grad():
-            soft = torch.softmax(teacher_queries.to(compute) @ keys.to(compute).T / tau, 1)
-        loss = loss - distillation * (soft * z).sum(1)
+            soft = torch.softmax(teacher_queries.to(compute) @ rows.T / tau, 1)
+        loss = loss + distillation * (lse - (soft * z).sum(1))
     return loss

@@ -1,3 +1,3 @@
-from .api import soft_cross_entropy
+from .api import SoftCrossEntropy, soft_cross_entropy
 
-__all__ = ["soft_cross_entropy"]
+__all__ = ["SoftCrossEntropy", "soft_cross_entropy"]

@@ -63,7 +63,7 @@ def write(result: dict[str, Any], teacher: Teacher, queue: FeatureQueue, path: P
     result["teacher"] = {
         name: tensor.double().sum().item().hex() for name, tensor in sorted(whole.items()) if name != "mean"
     }
-    result["queue"] = [queue.image.sum().item().hex(), queue.group_id.tolist(), queue.pointer]
+    result["queue"] = [queue.image.sum().item().hex(), queue.group_id.tolist(), int(queue.pointer)]
     path.write_text(json.dumps(result))
 
 

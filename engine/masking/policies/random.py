@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from crossmask.kernels import topk_mask
 
+from ...recipe import Section
 from ..plan import MaskContext, MaskPlan
 from ..registry import Policy, register_policy
 
@@ -15,8 +17,18 @@ from ..registry import Policy, register_policy
 class RandomMask(Policy):
     """Patches and words drawn uniformly at the recipe's ratios (MAE, He et al. 2022; BERT, Devlin et al. 2019)."""
 
+    class Options(Section):
+        independent_words: bool = Field(
+            False,
+            description="hide each word with the chance text_ratio, whatever happens to the others, as ALBEF does;"
+            " else exactly that share of each caption's words",
+        )
+
+    options: Options
+
     def __call__(self, context: MaskContext) -> MaskPlan:
-        return MaskPlan(random_patches(context), random_words(context))
+        words = independent_words if self.options.independent_words else random_words
+        return MaskPlan(random_patches(context), words(context))
 
 
 def random_patches(context: MaskContext, purpose: str = "random patches") -> Tensor:
@@ -28,6 +40,12 @@ def random_words(context: MaskContext, purpose: str = "random words") -> Tensor:
     """(B, L) bool: ``text_ratio`` of the maskable words, all equally likely."""
     scores = context.draws.uniform(purpose, context.maskable.shape[1])
     return topk_mask(scores, ratio=context.text_ratio, valid=context.maskable)
+
+
+def independent_words(context: MaskContext, purpose: str = "random words") -> Tensor:
+    """(B, L) bool: each maskable word by itself with the chance ``text_ratio``; a caption may keep all of them."""
+    ratio = context.text_ratio[:, None] if isinstance(context.text_ratio, Tensor) else context.text_ratio
+    return (context.draws.uniform(purpose, context.maskable.shape[1]) < ratio) & context.maskable
 
 
 def drawn(

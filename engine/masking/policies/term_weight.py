@@ -7,7 +7,6 @@ import torch
 from pydantic import Field
 
 from ...recipe import Section
-from ..corruption import FIRST_WORD_ID
 from ..plan import MaskContext, MaskPlan
 from ..registry import Corpus, Policy, register_policy
 from ..word_counts import Resident, WordCounts, prepared
@@ -35,19 +34,21 @@ class TermWeightMask(Policy):
 
     options: Options
     mean_length: float = 1.0
-    rarity: Resident | None = None  # (vocabulary,) float32 inverse document frequency
+    rarity: Resident | None = None  # (vocabulary,) float32 inverse document frequency, bool: is a term
 
     def prepare(self, corpus: Corpus) -> None:
         counts = WordCounts(corpus)
         n = counts.containing.astype(np.float64)
         rarity = np.log1p((counts.captions - n + 0.5) / (n + 0.5))
-        self.rarity = Resident(torch.from_numpy(rarity.astype(np.float32)))
+        terms = torch.ones(corpus.vocabulary_size, dtype=torch.bool)
+        terms[[i for i in corpus.specials if i < len(terms)]] = False  # special tokens and [UNK] are no terms
+        self.rarity = Resident(torch.from_numpy(rarity.astype(np.float32)), terms)
         self.mean_length = max(counts.words, 1) / max(counts.captions, 1)
 
     def __call__(self, context: MaskContext) -> MaskPlan:
         ids, k1, b = context.token_ids, self.options.k1, self.options.b
-        (rarity,) = prepared(self.rarity, self.name).on(ids.device)
-        term = context.token_mask & (ids >= FIRST_WORD_ID)  # special tokens and [UNK] are no terms
+        rarity, terms = prepared(self.rarity, self.name).on(ids.device)
+        term = context.token_mask & terms[ids]
         times = ((ids[:, :, None] == ids[:, None, :]) & term[:, None, :]).sum(2)  # (B, L)
         length = term.sum(1, keepdim=True) / self.mean_length
         weight = rarity[ids] * times * (k1 + 1) / (times + k1 * (1 - b + b * length)).clamp(min=1e-6)

@@ -1,0 +1,293 @@
+"""A user's pairs in columns: read in whichever layout they are in, and every image looked for once."""
+
+from __future__ import annotations
+
+import os
+import stat
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..beats import beat
+from ..errors import DataError
+from .pair_layouts import Entry, FolderEntries, read_json, read_lines
+
+KINDS = "a .jsonl, .csv or .json file, or a folder of images with a NAME.txt beside each NAME.jpg"
+SPLITS = {"train": 0, "val": 1, "test": 2}  # as ``PairTable.split`` numbers them
+UNDECIDED = -1
+_BEAT_EVERY = 1024  # entries
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row of a table."""
+
+    image: Path
+    caption: str
+    group: str | None
+    category: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or folder that rows of a table come from."""
+
+    path: Path
+    layout: str  # lines, albef, karpathy or folder
+    root: str  # the images' folder, absolute; links in it are not followed
+
+    @property
+    def by_image(self) -> bool:
+        """Whether a benchmark's protocol holds: captions match the image they were written for and no other, and all
+        of them are ranked, equal ones too."""
+        return self.layout in ("albef", "karpathy")
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """N pairs of I images; rows are in the order of their file."""
+
+    sources: tuple[Source, ...]
+    source: np.ndarray  # (N,) int8, row in ``sources``
+    images: list[str]  # I absolute paths without links, each once
+    names: list[str]  # I, each path below its source's root as it was first given: the same on every machine
+    image: np.ndarray  # (N,) int32, row in ``images``
+    captions: list[str]  # N
+    place: np.ndarray  # (N,) int64, line or entry in its file, from 1
+    split: np.ndarray  # (N,) int8, see :data:`SPLITS`
+    groups: list[str | None]  # N
+    categories: list[str | None]  # N
+    notices: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, row: int) -> Pair:
+        return Pair(Path(self.images[self.image[row]]), self.captions[row], self.groups[row], self.categories[row])
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (self[row] for row in range(len(self)))
+
+    def where(self, row: int, short: bool = False) -> str:
+        """A row in words that its owner can look up; ``short`` without the folder."""
+        source = self.sources[self.source[row]]
+        path, noun = source.path, {"lines": "line", "albef": "entry", "karpathy": "image"}.get(source.layout, "line")
+        if source.layout == "folder":
+            image = self.names[self.image[row]]
+            path = Path(os.path.splitext(image if short else os.path.join(source.root, image))[0] + ".txt")
+        elif short:
+            path = Path(path.name)
+        return f"{path} {noun} {self.place[row]}"
+
+    def joined(self, other: PairTable) -> PairTable:
+        """The rows of both, those of ``other`` behind; an image that is in both is one."""
+        number = {image: i for i, image in enumerate(self.images)}
+        new = set(other.images) - number.keys()
+        rows = np.array([number.setdefault(image, len(number)) for image in other.images], np.int32)
+        return replace(
+            self,
+            sources=self.sources + other.sources,
+            source=np.concatenate([self.source, other.source + np.int8(len(self.sources))]),
+            images=list(number),
+            names=self.names + [name for image, name in zip(other.images, other.names, strict=True) if image in new],
+            image=np.concatenate([self.image, rows[other.image]]),
+            captions=self.captions + other.captions,
+            place=np.concatenate([self.place, other.place]),
+            split=np.concatenate([self.split, other.split]),
+            groups=self.groups + other.groups,
+            categories=self.categories + other.categories,
+            notices=self.notices + other.notices,
+        )
+
+
+def read_pairs(path: Path | None, image_root: Path | None, name: str = "data.path", training: bool = True) -> PairTable:
+    """Read and check a file or folder of pairs; ``name`` is the recipe's field. Image contents are not looked at.
+
+    Without ``training``, entries that the file itself has in the split train are passed over, and their images may be
+    missing.
+
+    Raises:
+        DataError: what cannot be used, by its line or entry, and what to do.
+    """
+    if path is None:
+        raise DataError(f"{name} is not set; set it to {KINDS}")
+    folder = path.is_dir()
+    if not folder and path.suffix.lower() not in (".jsonl", ".csv", ".json"):
+        raise DataError(f"{path}: {name} must end in .jsonl, .csv or .json, or be a folder")
+    if not folder and not path.is_file():
+        raise DataError(f"{path}: no such file; set {name} to {KINDS}")
+    root = path if folder else image_root or path.parent
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; set data.image_root to the folder the image paths are relative to")
+    entries: Iterable[Entry]
+    try:
+        if folder:
+            layout, entries = "folder", FolderEntries(path)
+        elif path.suffix.lower() == ".json":
+            layout, entries = read_json(path)
+        else:
+            layout, entries = "lines", read_lines(path)
+        read = entries if training else (entry for entry in entries if entry.split != "train")
+        table = _read(Source(path, layout, os.path.abspath(root)), read)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable") from None
+    if not len(table):
+        if layout == "karpathy" and not training:
+            raise DataError(f"{path}: neither val nor test images in it; give another {name}")
+        raise DataError(f"{path}: no pairs in it; each needs an image and a caption")
+    if isinstance(entries, FolderEntries) and (without := entries.without_caption):
+        line = f"{path}: images without a .txt of their name are left out: {len(without)}, the first {without[0]}"
+        return replace(table, notices=(line,))
+    return table
+
+
+def _read(source: Source, entries: Iterable[Entry]) -> PairTable:
+    finder = _ImageFinder(source)
+    image, place, split = array("i"), array("q"), array("b")
+    captions: list[str] = []
+    groups: list[str | None] = []
+    categories: list[str | None] = []
+    seen: set[int] = set()
+    shared: dict[str, str] = {}  # one string for each category, however many rows have it
+    for number, entry in enumerate(entries):
+        if number % _BEAT_EVERY == 0:
+            beat("reading the captions")
+        row = finder(entry.place, entry.image)
+        if source.layout == "karpathy":
+            if row in seen:
+                raise DataError(
+                    f"{source.path} image {entry.place}: {entry.image} was listed before; remove one of them"
+                )
+            seen.add(row)
+        count = len(entry.captions)
+        image.extend([row] * count)
+        captions.extend(entry.captions)
+        place.extend(entry.places or [entry.place] * count)
+        split.extend([UNDECIDED if entry.split is None else SPLITS[entry.split]] * count)
+        groups.extend([entry.group] * count)
+        category = None if entry.category is None else shared.setdefault(entry.category, entry.category)
+        categories.extend([category] * count)
+    finder.complain()
+    table = PairTable(
+        (source,),
+        np.zeros(len(captions), np.int8),
+        finder.images,
+        finder.names,
+        np.array(image, np.int32),
+        captions,
+        np.array(place, np.int64),
+        np.array(split, np.int8),
+        groups,
+        categories,
+    )
+    again = repeated(table)
+    if again and source.layout == "lines":
+        row, first = again[0]
+        raise DataError(
+            f"{table.where(row)}: the same image and caption as line {table.place[first]}; remove one of them"
+        )
+    if again:
+        line = f"captions that their image has twice: {len(again)}, the first in {table.where(again[0][0])}"
+        return replace(table, notices=(line,))
+    return table
+
+
+def repeated(table: PairTable) -> list[tuple[int, int]]:
+    """Rows whose image has the same caption in an earlier row, with that row; ascending."""
+    order = np.argsort(table.image, kind="stable")
+    ends = np.flatnonzero(np.diff(table.image[order], append=-1)) + 1
+    found = []
+    for start, end in zip(np.append(0, ends[:-1])[np.diff(ends, prepend=0) > 1], ends[np.diff(ends, prepend=0) > 1],
+                          strict=True):  # fmt: skip
+        first: dict[str, int] = {}
+        for row in order[start:end].tolist():
+            earlier = first.setdefault(table.captions[row], row)
+            if earlier != row:
+                found.append((row, earlier))
+    return sorted(found)
+
+
+class _ImageFinder:
+    """Names of images -> rows of ``images``: each file is looked at once, each folder resolved once.
+
+    An image's path must lie below the root as it is written, ``..`` worked out in the name and not on the disk: a list
+    of captions, which may be anyone's, cannot name other files. Links below the root are followed wherever they lead,
+    for only who may write there can place them, and a set often lies on several disks. So a link is trusted as the
+    folder that holds it is; what it leads to is read as an image or not at all, and no device or pipe is opened.
+    Missing images are counted, and told at the end.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.images, self.names = source, list[str](), list[str]()
+        self._row: dict[str, int] = {}  # by the name that was given
+        self._real: dict[str, int] = {}  # by the resolved path
+        self._folders: dict[str, tuple[str, str]] = {}  # by the given path: resolved, and below the root
+        self._missing: list[tuple[int, str]] = []
+
+    def __call__(self, place: int, name: str) -> int:
+        row = self._row.get(name)
+        if row is None:
+            path, below = self._resolve(place, name)
+            row = self._row[name] = self._real.setdefault(path, len(self.images))
+            if row == len(self.images):
+                self.images.append(path)
+                self.names.append(below)
+        return row
+
+    def _resolve(self, place: int, name: str) -> tuple[str, str]:
+        """The path of an image without links, and the one below the root."""
+        real = os.path.join(self.source.root, name)
+        folder, file = os.path.split(real)
+        if file in ("", ".", ".."):
+            folder, file = real, ""
+        below = file
+        try:
+            if folder not in self._folders:
+                self._folders[folder] = self._folder(place, name, folder)
+            resolved, inside = self._folders[folder]
+            real, below = os.path.join(resolved, file), os.path.join(inside, file)
+            mode = os.lstat(real).st_mode
+            if stat.S_ISLNK(mode):
+                real = os.path.realpath(real)
+                mode = os.stat(real).st_mode
+            if not stat.S_ISREG(mode):
+                self._missing.append((place, real))
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            self._missing.append((place, real))
+        except (OSError, ValueError):  # a name with NUL, too long, or a loop of links
+            where = self._where(place)
+            raise DataError(f"{where}: {name[:80]!r} is not a usable file name; correct it or remove it") from None
+        return real, below
+
+    def _folder(self, place: int, name: str, folder: str) -> tuple[str, str]:
+        """A folder without links, and as it is below the root, ``""`` for the root; DataError outside of it."""
+        root = self.source.root
+        for path, top in ((os.path.normpath(folder), root), (os.path.realpath(folder), os.path.realpath(root))):
+            below = os.path.relpath(path, top)
+            if below.split(os.sep, 1)[0] != os.pardir:
+                return os.path.realpath(path), "" if below == os.curdir else below
+        raise DataError(
+            f"{self._where(place)}: image {name} lies outside {root}; move it there, place a link to its folder there,"
+            " or set data.image_root"
+        )
+
+    def _where(self, place: int) -> str:
+        noun = {"lines": "line", "albef": "entry", "karpathy": "image"}.get(self.source.layout)
+        return f"{self.source.path} {noun} {place}" if noun else f"{self.source.path}"
+
+    def complain(self) -> None:
+        """Raise a DataError where images are missing."""
+        if not self._missing:
+            return
+        place, path = self._missing[0]
+        others = len(self._missing) - 1
+        more = f", and {others} more of {len(self._row)} are missing" if others else ""
+        raise DataError(
+            f"{self._where(place)}: no image {path}{more}; correct the path or set data.image_root"
+            f" (now {self.source.root})"
+        )

@@ -1,0 +1,3 @@
+from .api import Linear, linear, use_linear
+
+__all__ = ["Linear", "linear", "use_linear"]
