@@ -244,14 +244,14 @@ def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert {(row["row"], row["length"]) for row in found["times"]} == {
         (name, longest)
         for name in (
-            *(bench.BASELINE, bench.OURS, bench.BASELINE_BF16, bench.OURS_BF16),
+            *(bench.BASELINE, bench.OURS, bench.BASELINE_BF16, bench.OURS_BF16, bench.OURS_AUTOCAST),
             *(bench.BASELINE + bench.ONEDNN, bench.OURS + bench.ONEDNN),
         )
         for longest in (10, 13)
     }
-    assert len(found["ratios"]) == 9  # bf16 against fp32 at the first length alone
+    assert len(found["ratios"]) == 11  # bf16 against fp32 at the first length alone
     assert all(row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1] for row in found["ratios"])
-    assert [row["target"] for row in found["ratios"][:5]] == [1.3, None, None, 1.2, 2.4]
+    assert [row["target"] for row in found["ratios"][:6]] == [1.3, None, None, 1.2, None, 2.4]
     for told in found["parts"]:
         seconds = sum(row["forward"] + row["backward"] + row["teacher"] for row in told["parts"])
         assert seconds == pytest.approx(told["seconds"])
