@@ -209,7 +209,7 @@ def test_the_engines_start_keeps_a_schedulers_hook(monkeypatch: pytest.MonkeyPat
 
     def hidden_step(**options: Any) -> tuple[Any]:
         options["optimizer"].step()
-        return (SimpleNamespace(optimizer="DeepSpeed's own", dp_world_size=2),)
+        return (SimpleNamespace(optimizer="DeepSpeed's own", seq_dp_world_size=2),)
 
     monkeypatch.setattr(deepspeed, "initialize", hidden_step)
     zero.initialize_untouched(model, optimizer, {})
