@@ -52,6 +52,7 @@ console = Console(width=132)
 BASELINE, BASELINE_BF16 = "common, fp32", "common, bf16 autocast"
 OURS, OURS_BF16, OURS_AUTOCAST = "ours, fp32", "ours, bf16", "ours, bf16 autocast"
 ONEDNN = ", oneDNN's products"
+AGAINST = {"ours-fp32": "common-fp32", "ours-autocast": "common-autocast", "ours-bf16": "common-autocast"}  # memory
 
 
 @contextmanager
@@ -155,11 +156,15 @@ def show_memory(lengths: list[int], stage: int) -> list[dict[str, Any]]:
     )
     for longest in lengths:
         for side, figures in found.items():
-            here, there = figures[str(longest)], found[side.replace("ours", "common")][str(longest)]
-            ratios = [here[what] / there[what] for what in ("resident", "tensors")]
+            here = figures[str(longest)]
             row = [str(longest), side, f"{here['resident'] / 1e9:.2f}", f"{here['tensors'] / 1e9:.2f}", "", ""]
-            if side.startswith("ours"):
-                row[4:] = [" / ".join(f"{r:.2f}" for r in ratios), f"0.85 {'met' if ratios[0] <= 0.85 else 'MISSED'}"]
+            if side in AGAINST:
+                there = found[AGAINST[side]][str(longest)]
+                ratios = [here[what] / there[what] for what in ("resident", "tensors")]
+                row[4] = " / ".join(f"{r:.2f}" for r in ratios)
+                # bf16 weights have fp32 masters beside them, which no common side has: told, without a target
+                if side != "ours-bf16":
+                    row[5] = f"0.85 {'met' if ratios[0] <= 0.85 else 'MISSED'}"
             table.add_row(*row)
     console.print(table)
     return list(found.values())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crossmask.kernels import cross_attention
-from crossmask.kernels.cross_attention import unseeded
-from crossmask.kernels.cross_attention.unseeded import drop
+from crossmask.engine.models import VisionLanguageModel
+from crossmask.engine.models.dropout import Dropout
+from crossmask.engine.recipe import FusionSection, ImageTowerSection, ModelSection, TextTowerSection
+from crossmask.kernels import cross_attention, unseeded
+from crossmask.kernels.unseeded import drop
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -67,3 +69,22 @@ def test_compiled_code_keeps_pytorchs() -> None:
     run = torch.compile(lambda x: drop(x, 0.5), backend="eager", fullgraph=True)
     y = run(torch.ones(1000))
     assert set(y.unique().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_dropout(training: bool) -> None:
+    """Of every part that drops, the library's layers included."""
+    section = ModelSection(
+        image=ImageTowerSection(size=16, patch_size=8, width=32, depth=1, heads=2),
+        text=TextTowerSection(width=32, depth=1, heads=2, dropout=0.3),
+        fusion=FusionSection(depth=1, heads=2, dropout=0.3),
+    )
+    model = VisionLanguageModel(section, vocabulary_size=50, max_length=6).train(training)
+    found = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
+    assert len(found) == 5  # the text's embeddings, attention (its weights too) and feed-forward; the fusion layer's
+    x = torch.ones(64, 1999)
+    for module in found:
+        assert type(module) is Dropout
+        y = module(x)
+        assert torch.equal(y, x) != training
+        assert float((y == 0).double().mean()) == pytest.approx(0.3 if training else 0.0, abs=0.01)

@@ -14,13 +14,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from .sizes import BASE, Captioned, random_batch
 
-SIDES = ("common-fp32", "ours-fp32", "common-bf16", "ours-bf16")
+SIDES = ("common-fp32", "ours-fp32", "common-autocast", "ours-autocast", "ours-bf16")
 Step = Callable[[Captioned], Any]
 
 
@@ -30,10 +30,11 @@ def build(side: str, stage: int = 0) -> Step:
         from .common import CommonStep
 
         step = CommonStep(BASE)
-        return lambda batch: step(batch, bf16=precision == "bf16")
-    from .ours import OurStep
+        return lambda batch: step(batch, bf16=precision == "autocast")
+    from .ours import OurStep, Precision
 
-    return OurStep(BASE, "bf16" if precision == "bf16" else "fp32", stage)
+    assert precision in get_args(Precision)
+    return OurStep(BASE, precision, stage)  # type: ignore[arg-type]
 
 
 def resident(peak: bool) -> int:
@@ -54,7 +55,9 @@ def forget() -> None:
 
 def tensors() -> list[torch.Tensor]:
     """All there are on the CPU."""
-    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    found = [
+        each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)
+    ]  # none without memory
     return [each for each in found if each.layout is torch.strided and each.device.type == "cpu"]
 
 

@@ -13,6 +13,7 @@ from crossmask.kernels import AttentionStatistics, cross_attention
 
 from ..masking.heads import head_importance
 from ..recipe import FusionSection
+from .dropout import Dropout
 from .dropping import Visible, gather
 from .packing import Packing
 
@@ -169,7 +170,7 @@ class FusionLayer(nn.Module):
         self.feed_norm = nn.LayerNorm(width, eps)
         hidden = int(width * section.mlp_ratio)
         self.feed_forward = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.dropout = nn.Dropout(drop)
+        self.dropout = Dropout(drop)
 
     def forward(
         self,

@@ -15,6 +15,7 @@ from crossmask.kernels import cross_attention
 
 from ..errors import RecipeError
 from ..recipe import TextTowerSection
+from .dropout import use_own_dropout
 from .dropping import keep_visible, restore
 from .packing import Packing
 
@@ -97,6 +98,7 @@ class TextTower(nn.Module):
             attn_implementation=ATTENTION,
         )
         self.bert = BertModel(config, add_pooling_layer=False)
+        use_own_dropout(self.bert)
         # BERT starts words and positions at one size, and the layer norm behind them mixes both. A text feature that
         # is a mean of embeddings then begins as mostly position, which stalls ITC: let words speak first.
         if section.depth == 0:

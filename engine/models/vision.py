@@ -88,7 +88,8 @@ class ImageTower(nn.Module):
             visible = keep_visible(patch_mask, visible_count)
         tokens = self._embed(images, patch_mask, visible is not None, drop_after)
         # PyTorch's fused CPU attention is several times slower than plain products in half precision (backward).
-        fused = tokens.device.type != "cpu" or tokens.dtype == torch.float32
+        half = tokens.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        fused = tokens.device.type != "cpu" or not half
         keys = attention = None  # keys (B, 1, 1, 1 + V) bool: where rows differ in length, what may be attended to
         for number, block in enumerate(vit.blocks):
             block.attn.fused_attn = fused

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..unseeded import drop
 from . import finite, op, reference
 from .checks import check, check_names, check_types
 from .dispatch import PLAIN, Implementation, choose, implementation
 from .request import Forward, Masks
-from .unseeded import drop
 
 __all__ = ["AttentionStatistics", "CrossAttentionOutput", "cross_attention", "implementation"]
 
