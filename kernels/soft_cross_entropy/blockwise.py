@@ -16,9 +16,9 @@ from ..linear import linear
 from . import huge_pages
 from .request import Forward, Gradients, Inputs, Needed, accumulate, row_factors
 
-BLOCK = 2**18  # logits of a block
+BLOCK = 2**19  # logits of a block
 FEWEST, MOST = 256, 4096  # words of a block
-PIECE = 128  # words whose gradients are computed before they are put in place: little memory, which is used again
+PIECE = 512  # words whose gradients are computed before they are put in place
 
 
 @torch.no_grad()
