@@ -114,11 +114,6 @@ convert = typer.Typer(help="Translate checkpoints of other code, and back.", no_
 app.add_typer(convert, name="convert")
 
 
-@convert.callback()
-def formats() -> None:  # so that the format's name stays part of the command while there is one
-    pass
-
-
 @convert.command()
 def albef(
     source: Annotated[Path, typer.Argument(metavar="IN", help="ALBEF's .pth, or a folder of ours, such as a run.")],
@@ -137,6 +132,61 @@ def albef(
     from .convert import convert_albef
 
     typer.echo(convert_albef(source, target, vocabulary, image_size, force, typer.echo))
+
+
+@convert.command("open-clip")
+def open_clip(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="A state dict (.pt, .safetensors), or a folder of ours, such as a run.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write, or the .pt or .safetensors.")],
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Its configuration (.json), where heads are not those of open_clip's CoCas."),
+    ] = None,
+    vocabulary: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="CLIP's bpe_simple_vocab_16e6.txt.gz, which open_clip_torch has."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion.")] = False,
+) -> None:
+    """Make a folder of a CoCa of open_clip, or a state dict of a folder, without loss."""
+    from .convert_open_clip import convert_open_clip
+
+    typer.echo(convert_open_clip(source, target, config, vocabulary, force, typer.echo))
+
+
+@app.command()
+def caption(
+    model: Annotated[Path, typer.Argument(help="A run folder, or a folder of crossmask export or crossmask convert.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Pictures.")],
+    beams: Annotated[int, typer.Option(min=1, help="Beginnings that the search keeps; 1 = greedy.")] = 3,
+    top_p: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="P", help="Draw each token from the likeliest that have this probability together."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of --top-p.")] = 1.0,
+    max_tokens: Annotated[Optional[int], typer.Option(min=2, help="The longest caption.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(min=0, help="Of --top-p.")] = 0,
+    teacher: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--teacher/--student", help="Which of the two, where there are both."),
+    ] = None,
+) -> None:
+    """Write captions for pictures, one a line: the picture, its caption, and log-probability a token."""
+    from .training.display import quiet
+
+    quiet()  # before the libraries that it quiets are imported
+    from .caption_images import caption_images
+
+    options = {"beams": beams, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens}
+    chosen = None if teacher is None else "teacher" if teacher else "student"
+
+    def tell(line: str) -> None:
+        typer.echo(line, err=True)
+
+    for path, text, value in caption_images(model, images, options, seed, chosen, tell):  # type: ignore[arg-type]
+        typer.echo(f"{path}\t{text}\t{value:.3f}")
 
 
 @app.command(short_help="Measure a trained model's retrieval on a recipe's pairs.")

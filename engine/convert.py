@@ -250,7 +250,7 @@ def _has_place(layout: AlbefLayout, name: str) -> bool:
 
 def _groups(names: Mapping[str, Tensor] | list[str]) -> str:
     """Parameters in a few words: those of one module once."""
-    whole = ("patch_decoder", "word_head", "mask_network")
+    whole = ("patch_decoder", "word_head", "mask_network", "word_reader")
     found = {next((part for part in whole if f"{part}." in name), name.removeprefix(STUDENT)) for name in names}
     return ", ".join(sorted(found))
 

@@ -16,8 +16,11 @@ from .data import NORMALISATIONS
 from .data.captions import token_limit
 from .errors import CheckpointError
 from .masking import policies
-from .models import PretrainingModel, VisionLanguageModel
+from .models import PretrainingModel, VisionLanguageModel, build_word_reader
 from .models.albef_layout import AlbefFile
+from .models.captioner import CaptioningModel
+from .models.captioner_student import CaptioningStudent
+from .models.open_clip_layout import OpenClipFile
 from .recipe import MaskingSection, ModelSection, ObjectivesSection, Recipe, Section
 
 FORMAT, VERSION = "crossmask-export", 1
@@ -26,7 +29,9 @@ PREFIX = "model."  # of the teacher's names within the student
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DtypeName = Literal["fp32", "bf16", "fp16"]
 Weights = Literal["teacher", "student"]
+Model = VisionLanguageModel | PretrainingModel | CaptioningModel | CaptioningStudent
 Channels = float | tuple[float, float, float]
+_TABLES = ("word_bias", "text.bert.embeddings.position_embeddings.weight")  # rows: words, positions
 
 
 class MaskNetwork(Section):
@@ -58,8 +63,10 @@ class ExportConfig(Section):
     model: ModelSection
     mask_network: MaskNetwork | None = None
     hidden_patches: Literal["token", "drop"] = Field(description="what the student's patch decoder was built for")
+    word_reader: bool = Field(False, description="whether it has a block in which patches read the words")
     objectives: ObjectivesSection = Field(description="likewise, and the temperature that training began with")
     albef: AlbefFile | None = Field(None, description="of a converted checkpoint: what its file had")
+    open_clip: OpenClipFile | None = Field(None, description="of a converted CoCa of open_clip, likewise")
 
     @model_validator(mode="after")
     def _pixels_agree(self) -> ExportConfig:
@@ -90,11 +97,13 @@ def describe_export(
         CheckpointError: tensors that are not of such a model.
     """
     prefix = PREFIX if weights == "student" else ""
-    names = "word_bias", "text.bert.embeddings.position_embeddings.weight"
+    captioner = recipe.model.captioner is not None
+    names = ("vocabulary.weight", "text.position_embeddings") if captioner else _TABLES
     for name in names:
         if prefix + name not in tensors:
             raise CheckpointError(f"the {weights} has no {prefix + name}, so it is not of this version of crossmask")
     vocabulary_size, rows = (tensors[prefix + name].shape[0] for name in names)
+    rows -= captioner and recipe.model.pool == "cls"  # whose last position is [CLS]'s
     has_network = any(name.startswith(f"{prefix}mask_network.") for name in tensors)
     network = MaskNetwork(policy=recipe.masking.policy, options=recipe.masking.options) if has_network else None
     model = recipe.model
@@ -114,6 +123,7 @@ def describe_export(
         model=model.model_copy(update=free),  # where weights came from is no part of what the model is
         mask_network=network,
         hidden_patches=recipe.masking.hidden_patches,
+        word_reader=any(name.startswith(f"{prefix}word_reader.") for name in tensors),
         objectives=recipe.objectives,
     )
     return with_parameters(config)
@@ -160,7 +170,7 @@ def read_config(folder: Path) -> ExportConfig:
         raise CheckpointError(f"{file}: {place}: {first['msg'].lower()}; export it again") from None
 
 
-def build_model(config: ExportConfig) -> VisionLanguageModel | PretrainingModel:
+def build_model(config: ExportConfig) -> Model:
     """The module whose weights an export has, freshly initialised: all of the student, or the teacher."""
     network = None
     if config.mask_network is not None:
@@ -172,7 +182,14 @@ def build_model(config: ExportConfig) -> VisionLanguageModel | PretrainingModel:
         options = kind.Options.model_validate(config.mask_network.options)
         network = kind(options=options).network(config.model.image.width)
     sizes, specials = (config.vocabulary_size, config.max_length), {"pad_id": config.pad_id, "mask_id": config.mask_id}
+    if config.model.captioner is not None:
+        if config.weights == "teacher":
+            reconstructs = config.objectives.tg_mim.weight > 0
+            return CaptioningModel(config.model, *sizes, reconstructs=reconstructs, **specials)
+        return CaptioningStudent(config.model, config.objectives, *sizes, **specials)
+    direction = "two_blocks" if config.word_reader else "dual_softmax"
+    masking = MaskingSection(hidden_patches=config.hidden_patches, options={"direction": direction})
     if config.weights == "teacher":
-        return VisionLanguageModel(config.model, *sizes, mask_network=network, **specials)
-    masking = MaskingSection(hidden_patches=config.hidden_patches)
+        reader = build_word_reader(config.model, masking)
+        return VisionLanguageModel(config.model, *sizes, mask_network=network, word_reader=reader, **specials)
     return PretrainingModel(config.model, config.objectives, *sizes, masking=masking, mask_network=network, **specials)

@@ -35,13 +35,15 @@ from .export_config import (
     CONFIG,
     DTYPES,
     ExportConfig,
+    Model,
     Weights,
     build_model,
     describe_export,
     read_config,
     three,
 )
-from .models import PretrainingModel, VisionLanguageModel
+from .models import PretrainingModel
+from .models.captioner_student import CaptioningStudent
 
 __all__ = [
     "DTYPES",
@@ -180,8 +182,8 @@ def load_exported(
 
     Args:
         dtype: of the weights; default as they are stored.
-        whole: of a student, the :class:`PretrainingModel` with its temperature and patch decoder; else the
-            :class:`VisionLanguageModel`, which teacher and student share.
+        whole: of a student, the :class:`PretrainingModel` or :class:`CaptioningStudent`, with its temperature; else the
+            model in it, which teacher and student share.
         weights: of a folder that holds both, which; default the student.
 
     Raises:
@@ -191,17 +193,18 @@ def load_exported(
     config = read_config(folder)
     tokenizer = read_tokenizer(folder, config)
     built, tensors = read_weights(folder, config, weights or config.weights)
-    if whole and isinstance(built, VisionLanguageModel):
-        raise CheckpointError(f"{folder} is a teacher, which has no patch decoder: leave whole=True out")
+    students = (PretrainingModel, CaptioningStudent)
+    if whole and not isinstance(built, students):
+        raise CheckpointError(f"{folder} is a teacher, which has no temperature: leave whole=True out")
     built.to(DTYPES[config.dtype] if dtype is None else dtype)
     built.load_state_dict(tensors, strict=False)  # names and shapes were compared; ties are loaded once
-    model = built if whole or isinstance(built, VisionLanguageModel) else built.model
+    model: nn.Module = built.model if isinstance(built, students) and not whole else built
     return model.to(device).eval().requires_grad_(False), tokenizer, config
 
 
 def read_tokenizer(folder: Path, config: ExportConfig) -> CaptionTokenizer | None:
     """None where a checkpoint was converted without one."""
-    if config.albef is not None and not (folder / TOKENIZER).exists():
+    if (config.albef or config.open_clip) is not None and not (folder / TOKENIZER).exists():
         return None
     tokenizer = CaptionTokenizer.load(folder / TOKENIZER)
     if tokenizer.vocabulary_size != config.vocabulary_size:
@@ -212,9 +215,7 @@ def read_tokenizer(folder: Path, config: ExportConfig) -> CaptionTokenizer | Non
     return tokenizer
 
 
-def read_weights(
-    folder: Path, config: ExportConfig, weights: Weights
-) -> tuple[PretrainingModel | VisionLanguageModel, dict[str, Tensor]]:
+def read_weights(folder: Path, config: ExportConfig, weights: Weights) -> tuple[Model, dict[str, Tensor]]:
     """A fresh model, and the tensors for it.
 
     Raises:
@@ -266,15 +267,7 @@ def prepare_texts(
     """
     if tokenizer is None:
         raise CheckpointError("the model was converted without a vocabulary: convert it again with --vocabulary")
-    room = config.max_length - 2
-    count = config.max_words or room // 2
-    rows = []
-    for caption in captions:
-        pieces = [piece for word in tokenizer.split(caption)[:count] for piece in tokenizer.pieces(word)]
-        rows.append(torch.tensor([tokenizer.cls_id, *pieces[:room], tokenizer.sep_id]))
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+    return tokenizer.batch(captions, config.max_length, config.max_words or (config.max_length - 2) // 2)
 
 
 def _checked(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -302,7 +295,8 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _card(config: ExportConfig, size: int, words: bool) -> str:
-    image, text, fusion = config.model.image, config.model.text, config.model.fusion
+    image, text, captioner = config.model.image, config.model.text, config.model.captioner
+    fusion = captioner or config.model.fusion
     who = {
         "teacher": "the momentum teacher, an exponential moving average of the student's float32 master weights",
         "student": "the student, its float32 master weights",
@@ -312,7 +306,7 @@ def _card(config: ExportConfig, size: int, words: bool) -> str:
         f"{image.width} wide",
         "text tower": f"{config.vocabulary_size:,} tokens, at most {config.max_length} a text; {text.depth} blocks, "
         f"{text.width} wide",
-        "fusion encoder": f"{fusion.depth} blocks, {fusion.heads} heads",
+        "text decoder" if captioner else "fusion encoder": f"{fusion.depth} blocks, {fusion.heads} heads",
         "features": f"{config.model.projection_width} numbers, length 1: their products are cosine similarities",
         "parameters": f"{config.parameters:,} in {config.dtype}, {size / 1e6:,.1f} MB",
     }
@@ -326,6 +320,14 @@ def _card(config: ExportConfig, size: int, words: bool) -> str:
         if not words:
             origin += "\nIt was converted without a vocabulary, so it cannot read captions: convert it again with "
             origin += "`--vocabulary` before the example below."
+    if config.open_clip is not None:
+        origin = (
+            f"converted from a CoCa of open_clip by crossmask {config.crossmask}, bit by bit; "
+            "the image's mask token is new."
+        )
+        if not words:
+            origin += "\nIt was converted without a vocabulary, so it neither reads nor writes captions: convert it "
+            origin += "again with `--vocabulary`."
     return f"""\
 # {config.recipe}
 

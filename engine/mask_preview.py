@@ -19,10 +19,10 @@ from .evaluation.evaluate import frozen, sample
 from .evaluation.mask_pictures import draw_masks
 from .exported import MODEL
 from .masking import MaskPlan
-from .models import VisionLanguageModel
 from .objectives import RunMasks
 from .recipe import Recipe
 from .recipe_files import load_recipe
+from .training.systems import build_system
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -70,21 +70,19 @@ def pick(recipe: Recipe, data: PairData, count: int) -> Batch:
     return data.train_batch(order[:count], 0)
 
 
-def plan_for(recipe: Recipe, model: VisionLanguageModel, masks: RunMasks, batch: Batch, step: int) -> MaskPlan:
+def plan_for(recipe: Recipe, model: Any, masks: RunMasks, batch: Batch, step: int) -> MaskPlan:
     with frozen(model, recipe.seed):
         return masks.plan(model, batch, masks.see(model, batch), step)
 
 
-def fresh_teacher(recipe: Recipe, data: PairData, masks: RunMasks) -> VisionLanguageModel:
+def fresh_teacher(recipe: Recipe, data: PairData, masks: RunMasks) -> Any:
     """The teacher of a run that has not begun."""
     torch.manual_seed(recipe.seed)
-    sizes = (data.tokenizer.vocabulary_size, data.max_tokens)
-    specials = {"pad_id": data.tokenizer.pad_id, "mask_id": data.tokenizer.mask_id}
-    return VisionLanguageModel(recipe.model, *sizes, mask_network=masks.network(), **specials)
+    return build_system(recipe, data, masks).build_teacher()
 
 
-def load_teacher(run: Path, recipe: Recipe, data: PairData, masks: RunMasks) -> VisionLanguageModel:
-    """The exported teacher of a finished run; a policy's network that the run did not have stays fresh."""
+def load_teacher(run: Path, recipe: Recipe, data: PairData, masks: RunMasks) -> Any:
+    """The exported teacher of a finished run; a policy's network, or block, that the run did not have stays fresh."""
     file = run / "export" / MODEL
     if not file.is_file():
         raise CheckpointError(f"{run}: no export/{MODEL}, so the run is not finished; wait, or --resume it")
@@ -95,8 +93,9 @@ def load_teacher(run: Path, recipe: Recipe, data: PairData, masks: RunMasks) -> 
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file} does not fit the recipe: {reason[:200]}") from None
-    missing = [name for name in missing if not name.startswith("mask_network.")]
-    unexpected = [name for name in unexpected if not name.startswith("mask_network.")]
+    of_masks = ("mask_network.", "word_reader.")
+    missing = [name for name in missing if not name.startswith(of_masks)]
+    unexpected = [name for name in unexpected if not name.startswith(of_masks)]
     if missing or unexpected:
         raise CheckpointError(f"{file} does not fit the recipe: {(missing or unexpected)[0]} is not in both")
     return model

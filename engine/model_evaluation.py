@@ -20,7 +20,8 @@ from .atomic import replace_file, writing_to
 from .data import ALL, CaptionTokenizer, PairData, load_data
 from .errors import CheckpointError, RecipeError
 from .evaluation import describe_machine, print_summary, read_metrics
-from .evaluation.evaluate import frozen, retrieval
+from .evaluation.captioner import prompts_of
+from .evaluation.evaluate import frozen, further, retrieval
 from .export_config import CONFIG, ExportConfig, Weights, build_model, read_config
 from .exported import MODEL, TOKENIZER, load_exported, read_tensors
 from .recipe import Recipe
@@ -74,6 +75,7 @@ def evaluate_model(
     with _telling(console) as tell:
         trained = open_model(folder, weights, device, tell)
         data, notices = _open_data(described, trained)
+        prompts_of(described, data)  # what is wrong with them is said before hours of work
         results: dict[str, Any] = {
             "model": str(folder),
             "weights": trained.config.weights,
@@ -86,6 +88,7 @@ def evaluate_model(
                 name: retrieval(trained.model, split, described, device, trained.temperature, tell)
                 for name, split in data.splits.items()
             }
+            results |= further(trained.model, data, described, device, tell)
     results |= {
         "seed": described.seed,
         "minutes": (time.perf_counter() - started) / 60,
@@ -131,7 +134,8 @@ def open_model(folder: Path, weights: Weights | None, device: torch.device, tell
 def _open_exported(folder: Path, weights: Weights | None, device: torch.device) -> Trained:
     config = read_config(folder)
     if not (folder / TOKENIZER).is_file():
-        remedy = "convert it again with --vocabulary" if config.albef is not None else "export it again"
+        converted = (config.albef or config.open_clip) is not None
+        remedy = "convert it again with --vocabulary" if converted else "export it again"
         raise CheckpointError(f"{folder}: no {TOKENIZER} in it, so captions cannot be read; {remedy}")
     model, tokenizer, _ = load_exported(folder, device, weights=weights)
     assert tokenizer is not None
@@ -164,7 +168,14 @@ def _open_data(recipe: Recipe, trained: Trained) -> tuple[PairData, list[str]]:
     section = asked.model_copy(
         update={"max_words": words, "max_tokens": tokens, "normalisation": config.normalisation, "vocabulary": None}
     )
-    data = load_data(recipe.model_copy(update={"data": section, "model": config.model}), trained.tokenizer)
+    probed = True if recipe.evaluation.recognition else None  # probes are fitted on what is trained on
+    read = recipe.model_copy(update={"data": section, "model": config.model})
+    data = load_data(read, trained.tokenizer, training=probed)
+    if not data.splits and not data.composed:
+        raise RecipeError(
+            f"{asked.path}: nothing is held out that a probe could be tested on; set data.validation_fraction above 0"
+            " or give data.validation_path"
+        )
     notices = []
     paths = {path.resolve() for path in (asked.path, trained.trained_on) if path is not None}
     if ALL in data.splits and trained.trained_on is not None and len(paths) == 1:
@@ -174,7 +185,8 @@ def _open_data(recipe: Recipe, trained: Trained) -> tuple[PairData, list[str]]:
         notices.append(f"images read at the size that the model was trained at: {own} pixels, not {size}")
     if asked.max_tokens is not None and tokens < limit:
         notices.append(f"captions cut at the model's longest: {tokens} tokens, not {limit}")
-    if not trained.learned and recipe.evaluation.rerank and recipe.evaluation.rerank_score == "sum":
+    reranks = recipe.evaluation.rerank > 0 and config.model.captioner is None
+    if not trained.learned and reranks and recipe.evaluation.rerank_score == "sum":
         notices.append(
             f"re-ranked with the temperature that training began with, {trained.temperature:g}: the export has no other"
         )

@@ -9,24 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
+
+from .recipe_section import Section as Section
+from .recipe_sections_captioner import CaptionerSection, CaptionSection, TgMimSection, check_captioner
+from .recipe_sections_composed import ComposedSection, check_composed
+from .recipe_sections_evaluation import CaptioningSection
+from .recipe_sections_grouping import GroupingSection, check_grouping
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: strict about its keys, immutable once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # Python calls True an int, so ``depth: yes`` would quietly be a depth of one.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise PydanticCustomError("bool_for_a_number", "not true or false")
-        return value
 
 
 class SceneSection(Section):
@@ -37,6 +28,9 @@ class SceneSection(Section):
     max_things: int = Field(4, ge=1, le=8)
     unnamed: float = Field(0.15, ge=0.0, le=1.0, description="chance that a drawn thing is not named")
     undrawn: float = Field(0.15, ge=0.0, le=1.0, description="chance that a further thing is named but not drawn")
+    undrawn_things: int = Field(1, ge=1, le=8, description="how many such things there may be, each with that chance")
+    count: int = Field(0, ge=0, description="source scenes: compositions to train on; 0 = new ones in every epoch")
+    held_out: int = Field(512, ge=2, description="source scenes: scenes of each evaluation split")
 
     @model_validator(mode="after")
     def _ordered(self) -> SceneSection:
@@ -53,7 +47,7 @@ class RandAugmentSection(Section):
 
 
 class DataSection(Section):
-    source: Literal["emoji", "pairs"] = "emoji"
+    source: Literal["emoji", "pairs", "scenes", "composed_emoji", "fashioniq"] = "emoji"
     path: Path | None = Field(
         None,
         description="pairs: a .jsonl or .csv file with the columns image and caption, a .json file in Karpathy's or"
@@ -67,6 +61,7 @@ class DataSection(Section):
     )
     validation_fraction: float = Field(0.1, ge=0.0, lt=1.0, description="pairs: share of captions held out")
     scenes: SceneSection = SceneSection()
+    grouping: GroupingSection = GroupingSection()
     augment: float = Field(
         1.0, ge=0.0, le=1.0, description="strength of placement, rotation and colour changes; 0 = none"
     )
@@ -82,7 +77,7 @@ class DataSection(Section):
         None, ge=3, le=512, description="tokens of the longest caption, [CLS] and [SEP] included; longer ones are cut"
     )
     vocabulary_size: int = Field(4096, ge=64, description="of the WordPiece vocabulary that is trained on the captions")
-    vocabulary: Path | None = Field(None, description="a vocab.txt to use instead, such as bert-base-uncased's")
+    vocabulary: Path | None = Field(None, description="a vocab.txt to use instead, or CLIP's list of pairs (.txt.gz)")
 
     @model_validator(mode="after")
     def _pairs_need_a_file(self) -> DataSection:
@@ -90,6 +85,8 @@ class DataSection(Section):
             raise ValueError(
                 "path is missing: source 'pairs' reads a .jsonl, .csv or .json file, or a folder; give data.path=FILE"
             )
+        if self.source == "fashioniq" and self.path is None:
+            raise ValueError("path is missing: source 'fashioniq' reads a folder; give data.path=FOLDER")
         return self
 
 
@@ -160,18 +157,14 @@ class ModelSection(Section):
     image: ImageTowerSection = ImageTowerSection()
     text: TextTowerSection = TextTowerSection()
     fusion: FusionSection = FusionSection()
+    captioner: CaptionerSection | None = Field(
+        None, description="text decoder, and no fusion encoder: the model is a contrastive captioner, as in SyCoCa"
+    )
     projection_width: int = Field(256, ge=8)
     pool: Literal["cls", "mean"] = Field("cls", description="how a tower's tokens become one feature for ITC")
     initial: Path | None = Field(
         None, description="a folder of crossmask convert, crossmask export or a run: the weights to start from"
     )
-
-    @model_validator(mode="after")
-    def _divides(self) -> ModelSection:
-        # The fusion encoder is as wide as the text; keys and values are projected from the image's own width.
-        if self.text.width % self.fusion.heads:
-            raise ValueError(f"text.width ({self.text.width}) is not a multiple of fusion.heads ({self.fusion.heads})")
-        return self
 
 
 class RatioSection(Section):
@@ -298,9 +291,12 @@ class ObjectivesSection(Section):
     itm: ItmSection = ItmSection()
     mlm: MlmSection = MlmSection()
     mim: MimSection = MimSection()
+    caption: CaptionSection = CaptionSection(weight=0.0)
+    tg_mim: TgMimSection = TgMimSection(weight=0.0)
+    composed: ComposedSection = ComposedSection()
     distillation_ramp: float = Field(0.03, ge=0.0, le=1.0, description="share of the run in which alpha rises from 0")
-    fusion_start: float = Field(0.0, ge=0.0, lt=1.0, description="share of the run before ITM, MLM and MIM begin")
-    fusion_rows: int | None = Field(None, ge=2, description="pairs of a rank's batch in ITM, MLM and MIM; default all")
+    fusion_start: float = Field(0.0, ge=0.0, lt=1.0, description="share of the run with ITC alone")
+    fusion_rows: int | None = Field(None, ge=2, description="pairs of a rank's batch in all but ITC; default all")
 
 
 class TeacherSection(Section):
@@ -369,6 +365,11 @@ class EvaluationSection(Section):
         " match logit alone as in ALBEF's evaluation",
     )
     sampled: SampledSection = SampledSection()
+    recognition: bool = Field(
+        False, description="category and sub-category by linear probes, where the data have such columns"
+    )
+    captioning: CaptioningSection = CaptioningSection()
+    prompts: Path | None = Field(None, description="a .json file of classes and templates for zero-shot classification")
     mask_samples: int = Field(512, ge=1)
     gallery_pairs: int = Field(12, ge=1, description="held-out pairs drawn in the report's mask grid")
 
@@ -390,6 +391,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        check_captioner(self)
+        # The fusion encoder is as wide as the text; keys and values are projected from the image's own width.
+        width, fused = self.model.text.width, self.model.fusion.heads
+        if self.model.captioner is None and width % fused:
+            raise ValueError(f"model: text.width ({width}) is not a multiple of fusion.heads ({fused})")
+        check_grouping(self)
+        check_composed(self)
         depth, layer = self.model.fusion.depth, self.masking.layer
         if not -depth <= layer < depth:
             raise ValueError(f"masking.layer ({layer}) is not one of the {depth} layers of model.fusion.depth")
@@ -404,7 +412,7 @@ class Recipe(Section):
                 f"masking.heads.count ({self.masking.heads.count}) leaves none of model.fusion.heads ({heads})"
             )
         o = self.objectives
-        if not any(part.weight for part in (o.itc, o.itm, o.mlm, o.mim)):
+        if not any(part.weight for part in (o.itc, o.itm, o.mlm, o.mim, o.caption, o.tg_mim, o.composed)):
             raise ValueError("objectives: every weight is 0, which leaves nothing to train")
         return self
 

@@ -21,12 +21,13 @@ SHIPPED = Path(__file__).resolve().parent.parent / "recipes"  # in a checkout an
 WEIGHT_FIELDS = ("model.initial", "model.image.weights", "model.text.weights")
 # in a file: relative to it; in an override: to where you stand
 PATH_FIELDS = (
-    *("data.path", "data.validation_path", "data.image_root", "data.vocabulary", "masking.prior"),
+    *("data.path", "data.validation_path", "data.image_root", "data.vocabulary", "masking.prior", "evaluation.prompts"),
     *WEIGHT_FIELDS,
 )
 PATH_SUFFIXES = {
     "masking.prior": (".npy",),
-    "data.vocabulary": (".txt",),
+    "evaluation.prompts": (".json",),
+    "data.vocabulary": (".txt", ".gz"),
     "model.image.weights": (".safetensors", ".pth"),
     **dict.fromkeys(("model.initial", "model.text.weights", "data.image_root"), ("",)),
 }  # of what may stand there; "" = a folder
@@ -318,7 +319,7 @@ def _check(recipe: Recipe, source: str, origins: Mapping[str, str], begun: bool)
         path: Any = recipe
         for part in name.split("."):
             path = getattr(path, part)
-        read = not name.startswith("data.") or name == "data.vocabulary" or recipe.data.source == "pairs"
+        read = not name.startswith("data.") or name == "data.vocabulary" or recipe.data.source in ("pairs", "fashioniq")
         if read and isinstance(path, Path) and not path.exists():
             hint = _nearest_file(path, PATH_SUFFIXES.get(name, (".jsonl", ".csv", ".json")))
             raise RecipeError(f"{origins.get(name, source)}: {name}: no such file {path}; {hint}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -184,6 +184,7 @@ class ToyData:
     """Sixteen scenes as a split of their own; enough for everything to run."""
 
     normalisation = HALF
+    composed: ClassVar[dict[str, Any]] = {}  # no triplets
 
     def __init__(self, scenes: bool = True) -> None:
         from test_retrieval import Split

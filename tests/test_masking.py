@@ -178,7 +178,7 @@ def test_list_of_policies_is_a_copy() -> None:
 
 def test_options_are_checked_by_name_and_range() -> None:
     for given, message in (
-        ({"options": {"mode": "high"}}, "masking.options: policy 'syncmask' has no option 'mode'; it has none"),
+        ({"options": {"mode": "high"}}, "masking.options: policy 'syncmask' has no option 'mode'; known: direction"),
         (
             {"policy": "attmask", "options": {"mod": "low"}},
             "policy 'attmask' has no option 'mod'; did you mean 'mode'?",

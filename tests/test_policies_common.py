@@ -39,7 +39,7 @@ NOT_EXACT_WORDS = {
 }
 # An image is chosen by its caption's words, so a caption without one hides nothing.
 BY_WORDS = {"syncmask", "sycoca", "mascot", "text_guided", "mmclip"}
-DETERMINISTIC = {"syncmask", "mascot", "mmclip"}  # nothing is drawn
+DETERMINISTIC = {"syncmask", "syncmask direction=two_blocks", "mascot", "mmclip"}  # nothing is drawn
 # Options that a policy cannot do without, or that no list of choices would find.
 ENTITIES = {"words": ["7", "11", "23", "42", "20 31"]}  # the last one, of two pieces, stands in full_context
 GIVEN: dict[str, dict[str, Any]] = {"entity_words": ENTITIES}
@@ -122,6 +122,7 @@ def full_context(
         "image_features": torch.randn(rows, P, WIDTH, generator=random),
         "priors": number(P),
         "patch_scores": number(P) * 4 - 2,
+        "word_attention": torch.nn.functional.pad(number(L) / L, (0, pad), value=0.5),
     }
     draws = Draws(11, step, torch.arange(rows) * 17 + 4)
     return MaskContext(ids, token_mask, maskable, grid, draws, **(defaults | given))
@@ -225,6 +226,7 @@ def test_captions_without_a_word(variant: str) -> None:
         context,
         maskable=torch.zeros(3, 3, dtype=torch.bool),
         statistics=AttentionStatistics(key_attention=torch.zeros(3, P), query_attention=torch.zeros(3, 3)),
+        word_attention=torch.zeros(3, 3),
         similarities=torch.zeros(3, P),
     )
     plan = policy_of(variant)(context)

@@ -136,6 +136,19 @@ def test_report_of_a_stopped_run_says_what_is_missing(whole: Path, tmp_path: Pat
         assert f"{name} " in html
 
 
+@pytest.mark.parametrize(("source", "named"), [("scenes", True), ("composed_emoji", True), ("pairs", False)])
+def test_drawings_are_credited_wherever_they_are_shown(whole: Path, tmp_path: Path, source: str, named: bool) -> None:
+    run = tmp_path / "part"
+    shutil.copytree(whole, run)
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    values["data"]["source"] = source
+    values["objectives"]["composed"]["weight"] = float(source == "composed_emoji")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    html, _ = parse(build_report(run))
+    assert ("CC-BY-4.0" in html) == named
+    assert ("text-guided retrieval" in html) == (source == "composed_emoji")
+
+
 def test_report_survives_broken_pieces(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "broken"
     shutil.copytree(whole, run)

@@ -140,7 +140,7 @@ def test_a_run_says_once_that_batches_of_one_leave_matching_out() -> None:
         given = {"training": {"batch_size": batch_size, "accumulation_steps": 2}, **more}
         run = SimpleNamespace(
             recipe=Recipe.model_validate(given),
-            sampler=SimpleNamespace(world_size=ranks),
+            sampler=SimpleNamespace(world_size=ranks, notices=list),
             data=SimpleNamespace(notices=list),
             _notices=[],
         )

@@ -19,12 +19,18 @@ LAYERS = (
     {"errors", "atomic", "failures", "beats", "recipe", "recipe_fields"},
     {"masking", "teacher", "models", "data"},
     {"objectives", "evaluation", "recipe_files", "exported"},
-    {"training", "mask_preview", "model_evaluation", "export", "convert"},
+    {"training", "mask_preview", "model_evaluation", "caption_images", "export", "convert"},
     {"cli", "train", "doctor", "ablation"},
 )
 SAME_ROOM = {  # two files on one subject
     "deepspeed_config": "recipe_files",  # reading and checking what a user gave
     "export_config": "exported",
+    "convert_open_clip": "convert",
+    "recipe_section": "recipe",
+    "recipe_sections_captioner": "recipe",
+    "recipe_sections_composed": "recipe",
+    "recipe_sections_grouping": "recipe",
+    "recipe_sections_evaluation": "recipe",
 }
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 KERNELS_MAY_IMPORT = {"torch", "triton", "crossmask", "__future__", *sys.stdlib_module_names}

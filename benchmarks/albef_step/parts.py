@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from crossmask.engine.training import pretrainer as pretraining
 from crossmask.engine.training import step as training_step
+from crossmask.engine.training import systems
 
 from . import flops
 from .ours import OurStep
@@ -50,7 +50,7 @@ def labelled(step: OurStep) -> Iterator[None]:
         stack.enter_context(_wrapped(training_step, "image_text_contrast", lambda named: "contrast"))
         stack.enter_context(_wrapped(training_step, "image_text_matching", lambda named: "rest of ITM"))
         stack.enter_context(_wrapped(training_step, "masked_language_modelling", lambda named: "vocabulary"))
-        stack.enter_context(_wrapped(pretraining, "look", lambda named: "rest of the teacher"))
+        stack.enter_context(_wrapped(systems, "look", lambda named: "rest of the teacher"))
         stack.enter_context(_wrapped(step.pretrainer.engine, "step", lambda named: "optimizer"))
         stack.enter_context(_wrapped(step.pretrainer.teacher, "follow", lambda named: "average"))
         stack.enter_context(_wrapped(step.pretrainer.queue, "enqueue", lambda named: "queue"))

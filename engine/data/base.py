@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -39,12 +40,15 @@ class EvaluationSplit(ABC):
     """Held-out images and the distinct captions they are ranked against. Ids, flags and batches share one order."""
 
     title: str
+    kind: str = "drawing"  # what its images are: one thing each, or composed scenes
     image_group_id: np.ndarray  # (N,) int64
     gallery_group_id: np.ndarray  # (C,) int64
     image_is_flag: np.ndarray  # (N,) bool; all False where a source has no flags
     gallery_is_flag: np.ndarray  # (C,) bool
     image_category: np.ndarray | None = None  # (N,) int64, equal numbers are alike, -1 = unknown; None: no categories
     gallery_category: np.ndarray | None = None  # (C,) int64, likewise
+    labels: Mapping[str, np.ndarray] = MappingProxyType({})  # level -> (N,) text, each image's class; "" = unknown
+    names: np.ndarray | None = None  # (N,) text, what each image shows; None where captions are all that is known
 
     @property
     def image_count(self) -> int:
@@ -70,6 +74,37 @@ class EvaluationSplit(ABC):
     def gallery(self, batch_size: int) -> Iterator[CaptionBatch]:
         """Every caption once."""
 
+    def texts(self, tokenizer: CaptionTokenizer) -> list[str]:
+        """The gallery's captions, C, in words: as far as a model reads them, unless a source says more."""
+        return [tokenizer.text(ids) for captions in self.gallery(1024) for ids in captions.token_ids]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked in text-guided retrieval: images, and in words how another image differs. B requests, L tokens."""
+
+    images: Tensor  # (B, 3, H, W) float32, normalised: the references
+    token_ids: Tensor  # (B, L) int64
+    token_mask: Tensor  # (B, L) bool
+
+
+class ComposedSplit(ABC):
+    """Held-out triplets of a reference, words and a target, and the gallery that targets are looked for in."""
+
+    title: str
+    target: np.ndarray  # (T,) int64, which image is asked for; equal numbers are one picture
+    gallery: np.ndarray  # (G,) int64, likewise
+    reference: np.ndarray  # (T,) int64, place in the gallery that a request leaves out, as it is its own; -1 = none
+    averaged: bool = False  # whether the tables of its source have the mean of its sets
+
+    @abstractmethod
+    def requests(self, rows: np.ndarray) -> Request:
+        """Triplets at some positions, (B,) int64, without augmentation."""
+
+    @abstractmethod
+    def candidates(self, rows: np.ndarray) -> Tensor:
+        """Images of the gallery at some positions, (B,) int64 -> (B, 3, H, W)."""
+
 
 class PairData(ABC):
     """Image-caption pairs: a training set, its evaluation splits and the tokenizer of their captions."""
@@ -80,6 +115,7 @@ class PairData(ABC):
     train_size: int
     train_group_id: np.ndarray  # (train_size,) int64
     splits: Mapping[str, EvaluationSplit]
+    composed: Mapping[str, ComposedSplit] = MappingProxyType({})  # text-guided retrieval, where a source has triplets
 
     @abstractmethod
     def train_batch(self, indices: np.ndarray, epoch: int, truth: bool = False) -> Batch:
@@ -90,6 +126,11 @@ class PairData(ABC):
 
     def scene_batch(self, split: str, count: int, seed: int) -> Batch | None:
         """``count`` composed scenes of held-out drawings with their truth, or None where a source has none."""
+        return None
+
+    def training_split(self) -> EvaluationSplit | None:
+        """What is trained on as it is evaluated: each training image once, whole and unaugmented, with a caption. None
+        where a source was opened for evaluation alone."""
         return None
 
     @abstractmethod

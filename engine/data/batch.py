@@ -25,6 +25,7 @@ class Batch:
     things: Tensor | None = None  # (B, H, W) uint8, 0 = background, k = the k-th drawn thing
     words: Tensor | None = None  # (B, L) uint8, 0 = names no thing, k = names the k-th thing, 255 = a thing not drawn
     priors: Tensor | None = None  # (B, P) float32, weights of patches for mask policies that read them
+    reference: Tensor | None = None  # (B, 3, H, W) float32: of triplets, whose text says how ``images`` differ from it
 
     def __len__(self) -> int:
         return len(self.images)

@@ -35,6 +35,11 @@ class EmojiSplit(EvaluationSplit):
         kinds = {kind: i for i, kind in enumerate(dict.fromkeys(c.subgroup for c in data.art.captions))}
         category = np.array([kinds[c.subgroup] for c in data.art.captions], np.int64)
         self.image_category, self.gallery_category = category[self.image_group_id], category[captions]
+        self.names = np.array([c.name for c in data.art.captions], object)[self.image_group_id]
+        self.labels = {
+            "category": np.array([c.group for c in data.art.captions], object)[self.image_group_id],
+            "subcategory": np.array([c.subgroup for c in data.art.captions], object)[self.image_group_id],
+        }
 
     def take(self, rows: np.ndarray) -> Batch:
         return self._data.plain_batch(self.drawings[rows], np.asarray(rows, np.int64))
@@ -81,6 +86,7 @@ class EmojiPairs(PairData):
             "b": EmojiSplit("held-out captions, known designers", self, np.flatnonzero(~foreign & unseen), new),
             "c": EmojiSplit("held-out captions, held-out designer", self, np.flatnonzero(foreign & unseen), new),
         }
+        self.pools = {name: split.drawings for name, split in self.splits.items()}
 
     def train_batch(self, indices: np.ndarray, epoch: int, truth: bool = False) -> Batch:
         indices = np.array(indices, np.int64)
@@ -90,8 +96,11 @@ class EmojiPairs(PairData):
         group = np.where(scene, fresh, self.train_group_id[indices])
         return self._compose(self.train[indices], self.train, scene, draws, group, self.section.augment, truth)
 
+    def training_split(self) -> EmojiSplit:
+        return EmojiSplit("training drawings", self, self.train, np.unique(self.art.caption[self.train]))
+
     def training_captions(self) -> list[str]:
-        captions = [self.art.captions[i] for i in sorted(set(self.train_group_id.tolist()))]
+        captions = [self.art.captions[i] for i in np.unique(self.art.caption[self.train]).tolist()]
         return [" ".join((caption.name, *caption.tags)) for caption in captions]
 
     def name_of(self, index: int) -> str:
@@ -102,11 +111,14 @@ class EmojiPairs(PairData):
         """Scenes of one split's drawings only, upright and uncoloured on white; ``index`` counts from 0."""
         if split not in self.splits:
             raise DataError(f"no split '{split}'; use one of {', '.join(self.splits)}")
-        pool = self.splits[split].drawings
-        draws = Draws(seed, _EVALUATION, np.arange(count, dtype=np.int64))
+        return self.held_out_scenes(split, np.arange(count, dtype=np.int64), seed)
+
+    def held_out_scenes(self, split: str, rows: np.ndarray, seed: int) -> Batch:
+        """Those of a split's scenes with the numbers ``rows`` (B,) int64, of which there is no end."""
+        pool, draws = self.pools[split], Draws(seed, _EVALUATION, rows)
         anchors = pool[(draws.uniform("anchor", 1)[:, 0] * len(pool)).astype(np.int64)]
         group = len(self.art.captions) + draws.indices
-        return self._compose(anchors, pool, np.ones(count, bool), draws, group, augment=0.0, truth=True)
+        return self._compose(anchors, pool, np.ones(len(rows), bool), draws, group, augment=0.0, truth=True)
 
     def plain_batch(self, drawings: np.ndarray, index: np.ndarray) -> Batch:
         """Single drawings on white, centred, 0.9 of the canvas, with their whole caption."""
@@ -129,11 +141,12 @@ class EmojiPairs(PairData):
 
     def _compose(
         self, anchors: np.ndarray, pool: np.ndarray, scene: np.ndarray, draws: Draws, group: np.ndarray,
-        augment: float, truth: bool,
+        augment: float, truth: bool, composition: Draws | None = None,
     ) -> Batch:  # fmt: skip
         """One sample for each anchor (B,): a scene with others from ``pool`` where ``scene`` (B,) says so, or alone.
 
         ``augment`` scales how far placement, rotation and colour stray from the plain drawing, 0 = not at all.
+        ``composition``: what is in a scene and where, in place of ``draws``.
         """
         count, caption, section = len(anchors), self.art.caption, self.section
         alone, together = np.flatnonzero(~scene), np.flatnonzero(scene)
@@ -145,10 +158,10 @@ class EmojiPairs(PairData):
         phrases = self.table.whole(caption[drawing])
         phrases = replace(phrases, sample=alone)
         if len(together):
-            chosen = draws.take(together)
+            chosen = (composition or draws).take(together)
             plan = plan_scenes(anchors[together], pool, caption, self.art.style, section.scenes, chosen)
             phrases = merge(phrases, scene_phrases(plan, together, caption, self.table, chosen))
-            row, column = np.nonzero(plan.drawn[:, :-1])
+            row, column = np.nonzero(plan.drawn[:, : section.scenes.max_things])
             sample, slot = np.concatenate([sample, together[row]]), np.concatenate([slot, column])
             drawing = np.concatenate([drawing, plan.drawing[row, column]])
             centre = np.concatenate([centre, plan.centre[row, column]])

@@ -18,6 +18,7 @@ from .pair_layouts import Entry, FolderEntries, read_json, read_lines
 KINDS = "a .jsonl, .csv or .json file, or a folder of images with a NAME.txt beside each NAME.jpg"
 SPLITS = {"train": 0, "val": 1, "test": 2}  # as ``PairTable.split`` numbers them
 UNDECIDED = -1
+NOUNS = {"lines": "line", "albef": "entry", "karpathy": "image", "fashiongen": "row"}  # what ``place`` counts
 _BEAT_EVERY = 1024  # entries
 
 
@@ -36,7 +37,7 @@ class Source:
     """A file or folder that rows of a table come from."""
 
     path: Path
-    layout: str  # lines, albef, karpathy or folder
+    layout: str  # lines, albef, karpathy, folder or fashiongen
     root: str  # the images' folder, absolute; links in it are not followed
 
     @property
@@ -60,6 +61,7 @@ class PairTable:
     split: np.ndarray  # (N,) int8, see :data:`SPLITS`
     groups: list[str | None]  # N
     categories: list[str | None]  # N
+    subcategories: list[str | None]  # N
     notices: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
@@ -74,7 +76,7 @@ class PairTable:
     def where(self, row: int, short: bool = False) -> str:
         """A row in words that its owner can look up; ``short`` without the folder."""
         source = self.sources[self.source[row]]
-        path, noun = source.path, {"lines": "line", "albef": "entry", "karpathy": "image"}.get(source.layout, "line")
+        path, noun = source.path, NOUNS.get(source.layout, "line")
         if source.layout == "folder":
             image = self.names[self.image[row]]
             path = Path(os.path.splitext(image if short else os.path.join(source.root, image))[0] + ".txt")
@@ -99,6 +101,7 @@ class PairTable:
             split=np.concatenate([self.split, other.split]),
             groups=self.groups + other.groups,
             categories=self.categories + other.categories,
+            subcategories=self.subcategories + other.subcategories,
             notices=self.notices + other.notices,
         )
 
@@ -114,6 +117,10 @@ def read_pairs(path: Path | None, image_root: Path | None, name: str = "data.pat
     """
     if path is None:
         raise DataError(f"{name} is not set; set it to {KINDS}")
+    from .fashion_gen import is_fashion_gen, read_fashion_gen
+
+    if is_fashion_gen(path):
+        return read_fashion_gen(path, name, training)
     folder = path.is_dir()
     if not folder and path.suffix.lower() not in (".jsonl", ".csv", ".json"):
         raise DataError(f"{path}: {name} must end in .jsonl, .csv or .json, or be a folder")
@@ -152,6 +159,7 @@ def _read(source: Source, entries: Iterable[Entry]) -> PairTable:
     captions: list[str] = []
     groups: list[str | None] = []
     categories: list[str | None] = []
+    subcategories: list[str | None] = []
     seen: set[int] = set()
     shared: dict[str, str] = {}  # one string for each category, however many rows have it
     for number, entry in enumerate(entries):
@@ -172,6 +180,8 @@ def _read(source: Source, entries: Iterable[Entry]) -> PairTable:
         groups.extend([entry.group] * count)
         category = None if entry.category is None else shared.setdefault(entry.category, entry.category)
         categories.extend([category] * count)
+        level = None if entry.subcategory is None else shared.setdefault(entry.subcategory, entry.subcategory)
+        subcategories.extend([level] * count)
     finder.complain()
     table = PairTable(
         (source,),
@@ -184,6 +194,7 @@ def _read(source: Source, entries: Iterable[Entry]) -> PairTable:
         np.array(split, np.int8),
         groups,
         categories,
+        subcategories,
     )
     again = repeated(table)
     if again and source.layout == "lines":
@@ -277,7 +288,7 @@ class _ImageFinder:
         )
 
     def _where(self, place: int) -> str:
-        noun = {"lines": "line", "albef": "entry", "karpathy": "image"}.get(self.source.layout)
+        noun = NOUNS.get(self.source.layout)
         return f"{self.source.path} {noun} {place}" if noun else f"{self.source.path}"
 
     def complain(self) -> None:

@@ -19,6 +19,7 @@ from ..errors import DataError, nearest
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 _EXPECTED = '{"image": ..., "caption": ...}'
+_MAY_BE_NUMBERS = ("group", "category", "subcategory", "image_id")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -30,22 +31,23 @@ class Entry(NamedTuple):
     captions: Sequence[str]
     group: str | None = None
     category: str | None = None
+    subcategory: str | None = None
     split: str | None = None  # train, val or test, where the layout says so
     places: Sequence[int] | None = None  # of each caption, where they have lines of their own
 
 
 def read_lines(path: Path) -> Iterator[Entry]:
-    """A JSONL or CSV file with the columns image and caption, and optionally group and category."""
+    """A JSONL or CSV file with the columns image and caption, and optionally group, category and subcategory."""
     for line, row in _rows(path):
         where = f"{path} line {line}"
-        image, caption, group, category = (
-            _text(where, column, row.get(column)) for column in ("image", "caption", "group", "category")
+        image, caption, group, category, subcategory = (
+            _text(where, column, row.get(column)) for column in ("image", "caption", "group", "category", "subcategory")
         )
         if image is None:
             raise DataError(f"{where}: the image is empty; give its path relative to the image root")
         if caption is None:
             raise DataError(f"{where}: the caption is empty; write one or remove the line")
-        yield Entry(line, image, (caption,), group, category)
+        yield Entry(line, image, (caption,), group, category, subcategory)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -83,7 +85,7 @@ def _columns(path: Path, line: int, present: list[str]) -> None:
 
 def _text(where: str, name: str, content: object) -> str | None:
     """Without space around it; None where there is nothing. Groups and categories may be numbers."""
-    if isinstance(content, int) and not isinstance(content, bool) and name in ("group", "category", "image_id"):
+    if isinstance(content, int) and not isinstance(content, bool) and name in _MAY_BE_NUMBERS:
         content = str(content)
     if content is not None and not isinstance(content, str):
         raise DataError(f"{where}: '{name}' is {json.dumps(content)[:40]}; it must be text")
@@ -113,7 +115,8 @@ def _albef(where: str, number: int, entry: object) -> Entry:
     captions = entry.get("caption")
     captions = _captions(where, captions if isinstance(captions, list) else [] if captions is None else [captions])
     group = _text(where, "image_id", entry.get("image_id"))
-    return Entry(number, image, captions, group, _text(where, "category", entry.get("category")))
+    category, subcategory = (_text(where, level, entry.get(level)) for level in ("category", "subcategory"))
+    return Entry(number, image, captions, group, category, subcategory)
 
 
 def _karpathy(where: str, number: int, entry: object) -> Entry:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..beats import beat
 from ..errors import DataError, RecipeError
 from ..recipe import DataSection, Recipe
+from . import fashion_gen
 from .base import ALL, CaptionBatch, EvaluationSplit, PairData
 from .batch import Batch
 from .captions import CaptionTable, token_limit
@@ -32,6 +33,7 @@ VALIDATION, HELD_OUT, UNUSED, WHOLE = 3, 4, 5, 6  # further parts of the pairs
 _SIDES = frozenset({"left", "right", "leftmost", "rightmost", "text", "letter", "letters", "sign", "clock", "logo"})
 UNKNOWN_SHARE = 0.2  # of the captions' words: from there on the vocabulary is named; bert-base-uncased's misses few
 _BEAT_EVERY = 4096  # captions
+_BENCHMARKS = {"karpathy": "Karpathy's", fashion_gen.LAYOUT: "FashionGen's"}  # whose val split it is
 
 
 class FilePairs(PairData):
@@ -43,8 +45,10 @@ class FilePairs(PairData):
     that share all of ``data.path`` is evaluated.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: CaptionTokenizer | None = None) -> None:
-        """``tokenizer``: of a trained model; the pairs are then only evaluated on."""
+    def __init__(self, recipe: Recipe, tokenizer: CaptionTokenizer | None = None, training: bool | None = None) -> None:
+        """``tokenizer``: of a trained model; the pairs are then only evaluated on, but with ``training`` split and read
+        as for a run."""
+        training = tokenizer is None if training is None else training
         section, limit = recipe.data, token_limit(recipe)
         _check(section)
         self.section, self.seed, self.size = section, recipe.seed, recipe.model.image.size
@@ -52,7 +56,7 @@ class FilePairs(PairData):
         given = tokenizer
         if given is None and section.vocabulary is not None:
             given = CaptionTokenizer.from_vocabulary(section.vocabulary)
-        self.pairs, part, notices = _read(section) if tokenizer is None else _read_evaluated(section)
+        self.pairs, part, notices = _read(section) if training else _read_evaluated(section)
         texts = _words(self.pairs, given)
         self._group, names = true_matches(self.pairs, texts)
         undecided = np.flatnonzero(part == UNDECIDED)
@@ -80,12 +84,14 @@ class FilePairs(PairData):
         self.train = train
         self.train_size, self.train_group_id = len(self.train), self._group[self.train]
         self._category = _numbered(self.pairs.categories)
+        levels = {"category": self.pairs.categories, "subcategory": self.pairs.subcategories}
+        self._labels = {k: np.array([x or "" for x in names], object) for k, names in levels.items() if any(names)}
         self._decoders: ThreadPoolExecutor | None = None
         self.splits = splits = {
             name: FileSplit(title, self, np.flatnonzero(part == number))
             for number, name, title in (
                 (VALIDATION, "validation", str(section.validation_path)),
-                (VAL, "val", "Karpathy's val split"),
+                (VAL, "val", f"{_BENCHMARKS.get(self.pairs.sources[-1].layout, '')} val split".strip()),
                 (TEST, "test", "Karpathy's test split"),
                 (HELD_OUT, "held-out", "held-out captions"),
                 (WHOLE, ALL, f"all {len(self.pairs):,} pairs of {section.path}"),
@@ -168,6 +174,9 @@ class FilePairs(PairData):
             batch = Batch(batch.images, texts.token_ids, texts.token_mask, texts.maskable, batch.group_id, batch.index)
         return batch
 
+    def training_split(self) -> FileSplit | None:
+        return FileSplit("training pairs", self, self.train) if len(self.train) else None
+
     def training_captions(self) -> list[str]:
         return self._texts
 
@@ -219,7 +228,9 @@ class FilePairs(PairData):
 
     def _picture(self, row: int, at: int, chances: Chances | None) -> Tensor:
         """(S, S, 3) uint8: the image of pair ``row``, augmented by the chances of sample ``at``."""
-        image = read_picture(self.pairs.images[self.pairs.image[row]], self.pairs.where(row))
+        source = self.pairs.sources[self.pairs.source[row]]
+        read = fashion_gen.picture if source.layout == fashion_gen.LAYOUT else read_picture
+        image = read(self.pairs.images[self.pairs.image[row]], self.pairs.where(row))
         if chances is None:
             image = square(image, self.size)
         else:
@@ -315,6 +326,7 @@ class FileSplit(EvaluationSplit):
         self.gallery_is_flag = np.zeros(len(self.caption_rows), bool)
         if data._category is not None:
             self.image_category, self.gallery_category = data._category[self.rows], data._category[self.caption_rows]
+        self.labels = {level: names[self.rows] for level, names in data._labels.items()}
 
     def take(self, rows: np.ndarray) -> Batch:
         return self._data.load(self.rows[rows], np.asarray(rows, np.int64), None)
@@ -326,3 +338,7 @@ class FileSplit(EvaluationSplit):
             texts = table.assemble(table.whole(rows), len(rows))
             group, index = torch.from_numpy(self._data._group[rows]), torch.arange(start, start + len(rows))
             yield CaptionBatch(texts.token_ids, texts.token_mask, texts.maskable, group, index)
+
+    def texts(self, tokenizer: CaptionTokenizer) -> list[str]:
+        """Whole, however long, as published captioning scores want it."""
+        return [" ".join(tokenizer.split(self._data.pairs.captions[row])) for row in self.caption_rows.tolist()]

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+from torch import Tensor
 
 from ..errors import DataError, RecipeError
 from .randomness import permutation
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Shares of a rank, (B,) int64 sample indices each, of the epoch that is running and of a plain order of it."""
+
+    epoch: int
+    grouped: list[np.ndarray]
+    plain: list[np.ndarray]
+    measures: dict[str, float]  # of the epoch's order
 
 
 class StepSampler:
@@ -41,7 +54,38 @@ class StepSampler:
         """The rank's contiguous share of the step's batch: (batch_size / world_size,) int64."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.seed, epoch, self.size)
+            self._epoch, self._order = epoch, self._order_of(epoch)
         share = self.batch_size // self.world_size
         start = place * self.batch_size + rank * share
         return self._order[start : start + share].astype(np.int64)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        return permutation(self.seed, epoch, self.size)
+
+    # What an order that follows the model needs (grouping_sampler.py); this one needs nothing of it.
+    collects = False  # whether collect() does anything
+
+    def begin(self, step: int) -> list[str]:
+        """Called before the step that the run starts or goes on at; lines for a person. May write to its folder."""
+        return []
+
+    def collect(self, step: int, micro: int, image: Tensor, text: Tensor) -> None:
+        """Features (B, E), every rank's in rank order, of micro-batch ``micro`` of ``step``; waits for no device."""
+
+    def records(self) -> list[dict[str, float]]:
+        """On rank 0, numbers about the epoch whose first step was the last step."""
+        return []
+
+    def examples(self, count: int) -> Examples | None:
+        """``count`` batches of each kind for the report; None where epochs are plain."""
+        return None
+
+    def flush(self) -> None:
+        """Called before a checkpoint is written."""
+
+    def close(self) -> None:
+        """Called when the run ends, however it does."""
+
+    def notices(self) -> list[str]:
+        """Lines for the start of a run: what it does that differs from the letter of the recipe."""
+        return []

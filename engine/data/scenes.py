@@ -19,12 +19,12 @@ _TRIES = 12  # candidates for each further thing, and candidate layouts of a sce
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """S scenes of at most K drawn things; column K is the thing named but not drawn."""
+    """S scenes of at most K drawn things; U further columns are the things named but not drawn."""
 
-    drawing: np.ndarray  # (S, K+1) int64, row of the art
-    drawn: np.ndarray  # (S, K+1) bool
-    named: np.ndarray  # (S, K+1) bool, at least one a row
-    order: np.ndarray  # (S, K+1) int64, reading order of the columns
+    drawing: np.ndarray  # (S, K+U) int64, row of the art
+    drawn: np.ndarray  # (S, K+U) bool
+    named: np.ndarray  # (S, K+U) bool, at least one a row
+    order: np.ndarray  # (S, K+U) int64, reading order of the columns
     centre: np.ndarray  # (S, K, 2) in 0..1
     scale: np.ndarray  # (S, K) in 0..1
 
@@ -34,14 +34,15 @@ def plan_scenes(
 ) -> ScenePlan:
     """Plan a scene for each anchor (S,) from ``pool`` (rows of the art); ``caption`` and ``style`` describe the art."""
     things, count = section.max_things, len(anchors)
+    columns = things + section.undrawn_things
     span = section.max_things - section.min_things + 1
     wanted = section.min_things + (draws.uniform("things", 1)[:, 0] * span).astype(np.int64)
-    luck = draws.uniform("partners", things * _TRIES).reshape(count, things, _TRIES)
-    drawing = np.tile(anchors[:, None], things + 1)
-    drawn = np.zeros((count, things + 1), bool)
+    luck = draws.uniform("partners", (columns - 1) * _TRIES).reshape(count, columns - 1, _TRIES)
+    drawing = np.tile(anchors[:, None], columns)
+    drawn = np.zeros((count, columns), bool)
     drawn[:, 0] = True
     found = drawn.copy()
-    for k in range(1, things + 1):
+    for k in range(1, columns):
         candidate = pool[(luck[:, k - 1] * len(pool)).astype(np.int64)]  # (S, tries)
         clash = (caption[candidate][:, :, None] == caption[drawing[:, None, :k]]) & found[:, None, :k]
         same_hand = (style[candidate][:, :, None] == style[drawing[:, None, :k]]) & found[:, None, :k]
@@ -51,12 +52,12 @@ def plan_scenes(
         found[:, k] = (fault.min(1) < 2) & (k < wanted if k < things else True)
     drawn[:, 1:things] = found[:, 1:things]
 
-    chance = draws.uniform("named", things + 1)
+    chance = draws.uniform("named", columns)
     named = drawn & (chance >= section.unnamed)
     nameless = ~named.any(1)
     named[nameless, 0] = True
-    named[:, things] = found[:, things] & (chance[:, things] < section.undrawn)
-    order = draws.uniform("order", things + 1).argsort(1, kind="stable")
+    named[:, things:] = found[:, things:] & (chance[:, things:] < section.undrawn)
+    order = draws.uniform("order", columns).argsort(1, kind="stable")
     centre, scale = _layout(drawn[:, :things], draws)
     return ScenePlan(drawing, drawn, named, order, centre, scale)
 
@@ -85,7 +86,7 @@ def scene_phrases(
     """
     scenes, columns = plan.named.shape
     order = plan.order
-    said = np.take_along_axis(plan.named, order, 1)  # (S, K+1) in reading order
+    said = np.take_along_axis(plan.named, order, 1)  # (S, K+U) in reading order
     which = caption[np.take_along_axis(plan.drawing, order, 1)]
     drawn = np.take_along_axis(plan.drawn, order, 1)
     luck = draws.uniform("tags", 2 * columns).reshape(scenes, columns, 2)

@@ -12,15 +12,30 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 from tokenizers.processors import BertProcessing
 from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import CheckpointError
 from ..recipe import DataSection
-from .vocabulary import UNUSED, bert_tokenizer, caption_words, read_vocabulary
+from .vocabulary import (
+    CLIP_END,
+    CLIP_ENDING,
+    CLIP_ENDINGS,
+    CLIP_PAD,
+    CLIP_START,
+    UNUSED,
+    bert_tokenizer,
+    caption_words,
+    clip_text,
+    clip_tokenizer,
+    clip_words,
+    read_vocabulary,
+)
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Words that say nothing about a picture: readable, but never masked. Without this they are the commonest target. A
@@ -59,16 +74,24 @@ class CaptionTokenizer:
         special_ids: the ids of :data:`SPECIALS`.
         given: whether the vocabulary was given. Captions are then split as ALBEF does (:func:`caption_words`) and
             their words in turn by BERT; else by :func:`split_words`.
+        clip: whether that is CLIP's, whose captions are split by :func:`clip_words`. It has no unknown words, so
+            ``unknown_id`` is -1, and nothing to mask words by: ``mask_id`` is ``sep_id``.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         vocabulary = tokenizer.get_vocab()
-        if missing := [token for token in SPECIALS if token not in vocabulary]:
-            raise CheckpointError(f"not a caption tokenizer, it has no {', '.join(missing)}")
-        ids = [vocabulary[token] for token in SPECIALS]
-        self.pad_id, self.unknown_id, self.cls_id, self.sep_id, self.mask_id = ids
+        self.clip = {CLIP_START, CLIP_END} <= vocabulary.keys()
+        if self.clip:  # it has neither [UNK] nor [MASK]
+            start, end = vocabulary[CLIP_START], vocabulary[CLIP_END]
+            self.pad_id, self.unknown_id, self.cls_id, self.sep_id, self.mask_id = CLIP_PAD, -1, start, end, end
+            ids = [CLIP_PAD, start, end]
+        else:
+            if missing := [token for token in SPECIALS if token not in vocabulary]:
+                raise CheckpointError(f"not a caption tokenizer, it has no {', '.join(missing)}")
+            ids = [vocabulary[token] for token in SPECIALS]
+            self.pad_id, self.unknown_id, self.cls_id, self.sep_id, self.mask_id = ids
         self.special_ids = frozenset(ids)
-        self.given = isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+        self.given = self.clip or isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
         words = (i for token, i in vocabulary.items() if i not in ids and not UNUSED.fullmatch(token))
         self.word_ids = np.array(sorted(words), np.int64)
         self._tokenizer = tokenizer
@@ -76,11 +99,14 @@ class CaptionTokenizer:
 
     @classmethod
     def from_vocabulary(cls, path: Path) -> CaptionTokenizer:
-        """BERT's uncased tokenizer with the ids of a ``vocab.txt``, wherever its special tokens stand.
+        """BERT's uncased tokenizer with the ids of a ``vocab.txt``, wherever its special tokens stand, or CLIP's of
+        ``bpe_simple_vocab_16e6.txt.gz``.
 
         Raises:
             DataError: the file is not such a vocabulary.
         """
+        if path.suffix in CLIP_ENDINGS:
+            return cls(clip_tokenizer(path))
         return cls._framed(bert_tokenizer(read_vocabulary(path, SPECIALS)))
 
     @classmethod
@@ -130,7 +156,7 @@ class CaptionTokenizer:
 
     def split(self, caption: str) -> list[str]:
         """A caption as words, which ``data.max_words`` counts and :meth:`pieces` encodes; there may be none."""
-        return caption_words(caption) if self.given else split_words(caption)
+        return clip_words(caption) if self.clip else caption_words(caption) if self.given else split_words(caption)
 
     def pieces(self, word: str) -> tuple[int, ...]:
         """Token ids of one word of :meth:`split`; each distinct word is encoded once."""
@@ -139,13 +165,38 @@ class CaptionTokenizer:
             found = self._pieces[word] = tuple(self._tokenizer.encode(word, add_special_tokens=False).ids)
         return found
 
+    def batch(self, captions: Sequence[str], longest: int, max_words: int | None = None) -> tuple[Tensor, Tensor]:
+        """Captions -> (B, L) int64 token ids and (B, L) bool, True where there is a token; cut at ``longest`` tokens,
+        [CLS] and [SEP] included, and at ``max_words`` words."""
+        rows = []
+        for caption in captions:
+            pieces = [piece for word in self.split(caption)[:max_words] for piece in self.pieces(word)]
+            rows.append(torch.tensor([self.cls_id, *pieces[: longest - 2], self.sep_id]))
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
     def words(self, token_ids: Tensor | np.ndarray | Sequence[int]) -> list[str]:
         """One string per token, in place: specials as ``[CLS]``, a word's later pieces as ``##ing``."""
         ids = token_ids.tolist() if isinstance(token_ids, Tensor | np.ndarray) else list(token_ids)
+        if self.clip:
+            return self._clip_words(ids)
         return [self._tokenizer.id_to_token(int(i)) or "[UNK]" for i in ids]
+
+    def _clip_words(self, ids: list[int]) -> list[str]:
+        names = {self.pad_id: "[PAD]", self.cls_id: "[CLS]", self.sep_id: "[SEP]"}
+        found, inside = [], False
+        for i in ids:
+            token = str(self._tokenizer.id_to_token(int(i)))
+            found.append(names.get(i) or ("##" if inside else "") + clip_text([token]))
+            inside = i not in names and not token.endswith(CLIP_ENDING)
+        return found
 
     def text(self, token_ids: Tensor | np.ndarray | Sequence[int]) -> str:
         """The tokens as a readable line without [CLS], [SEP] and [PAD]."""
+        if self.clip:
+            ids = token_ids.tolist() if isinstance(token_ids, Tensor | np.ndarray) else list(token_ids)
+            return clip_text([str(self._tokenizer.id_to_token(int(i))) for i in ids if int(i) not in self.special_ids])
         kept = [w for w in self.words(token_ids) if w not in ("[PAD]", "[CLS]", "[SEP]")]
         return re.sub(r" ##", "", " ".join(kept))
 

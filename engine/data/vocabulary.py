@@ -1,12 +1,17 @@
-"""A vocabulary that someone else trained: BERT's ``vocab.txt``, and captions as ALBEF prepares them for it."""
+"""A vocabulary that someone else trained: BERT's ``vocab.txt``, with captions as ALBEF prepares them for it, and CLIP's
+``bpe_simple_vocab_16e6.txt.gz``."""
 
 from __future__ import annotations
 
+import gzip
+import html
 import re
+import zlib
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import WordPiece
+from tokenizers.models import BPE, WordPiece
+from tokenizers.processors import TemplateProcessing
 
 from ..errors import DataError
 
@@ -80,3 +85,69 @@ def bert_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
+
+
+CLIP_START, CLIP_END = "<start_of_text>", "<end_of_text>"
+CLIP_PAD = 0  # which is also the piece "!" of a longer one, as in CLIP
+CLIP_ENDING = "</w>"  # of a word's last piece
+CLIP_ENDINGS = (".gz",)
+_CLIP_MERGES = 49152 - 256 - 2  # of the file's, that many
+_CLIP_WORDS = pre_tokenizers.Split(
+    Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True
+)
+
+
+def clip_words(caption: str) -> list[str]:
+    """Words, digits and runs of punctuation as CLIP (Radford et al. 2021) parts them, lower case. Captions in a wrong
+    encoding, which it mends first with ftfy, stay as they are."""
+    text = html.unescape(html.unescape(caption)).lower()
+    return [word for word, _ in _CLIP_WORDS.pre_tokenize_str(" ".join(text.split()))]
+
+
+def clip_tokenizer(path: Path) -> Tokenizer:
+    """CLIP's byte pairs, from the file that its packages carry.
+
+    Raises:
+        DataError: no such file, or another one.
+    """
+    wanted = "give bpe_simple_vocab_16e6.txt.gz, which open_clip_torch carries"
+    try:
+        with gzip.open(path) as file:
+            lines = file.read(MAX_BYTES).decode("utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"data.vocabulary: cannot read {path}: {error.strerror or error}; {wanted}") from None
+    except (EOFError, zlib.error, UnicodeDecodeError):
+        raise DataError(f"data.vocabulary: {path} is cut off or no text; {wanted}") from None
+    merges = [tuple(line.split()) for line in lines[1 : _CLIP_MERGES + 1]]
+    if len(merges) < _CLIP_MERGES or any(len(merge) != 2 for merge in merges):
+        raise DataError(f"data.vocabulary: {path} is not CLIP's list of byte pairs; {wanted}")
+    letters = _clip_letters()
+    tokens = [*letters, *(letter + CLIP_ENDING for letter in letters), *(a + b for a, b in merges)]
+    tokens += [CLIP_START, CLIP_END]
+    model = BPE(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[(a, b) for a, b in merges],
+        end_of_word_suffix=CLIP_ENDING,
+        continuing_subword_prefix="",
+        unk_token=CLIP_END,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([_CLIP_WORDS, bytes_of])
+    tokenizer.decoder = decoders.ByteLevel()
+    ends = [(CLIP_START, len(tokens) - 2), (CLIP_END, len(tokens) - 1)]
+    tokenizer.post_processor = TemplateProcessing(f"{CLIP_START} $A {CLIP_END}", special_tokens=ends)
+    return tokenizer
+
+
+def clip_text(tokens: list[str]) -> str:
+    """Tokens of :func:`clip_tokenizer` as a line of words."""
+    decoded: str = decoders.ByteLevel().decode(["".join(tokens)])
+    return " ".join(decoded.replace(CLIP_ENDING, " ").split())
+
+
+def _clip_letters() -> list[str]:
+    """A visible letter for each byte, in CLIP's order: those that are visible themselves first."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
+    return [chr(byte) for byte in visible] + [chr(256 + n) for n in range(256 - len(visible))]

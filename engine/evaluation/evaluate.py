@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,17 +10,27 @@ import torch
 
 from ..data.base import EvaluationSplit, PairData
 from ..data.batch import Batch
+from ..errors import RecipeError
 from ..recipe import Recipe
+from .captioner import written
+from .captioner_measures import captioner_measures, is_captioner
+from .composed import composed_retrieval
 from .machine import describe_machine
 from .masks import Look, mask_measures
 from .matching import match_measures
+from .recognition import recognition
 from .retrieval import evaluate_split
 
 PROBE_PAIRS = 128  # singles and scenes each, in a mid-run probe
 MATCH_POOL = 128  # pairs among which ITM's hard negatives are drawn
+CAPTIONER_FIELDS = (
+    "caption_loss", "caption_loss_other", "reconstruction", "reconstruction_other", "reconstruction_mean",
+    "low_on_drawing", "low_on_named",
+)  # fmt: skip
 MASK_FIELDS = (
+    *CAPTIONER_FIELDS,
     "attention_entropy", "key_attention_entropy", "on_drawing", "on_drawing_random", "on_named", "on_named_random",
-    "word_visible", "word_visible_random", "pointing", "pointing_random",
+    "named_of_drawn", "named_of_drawn_random", "word_visible", "word_visible_random", "pointing", "pointing_random",
 )  # fmt: skip
 
 
@@ -45,28 +55,45 @@ def evaluate(
 
     In a probe, fields without a prefix are of scenes where the source can compose them (there a mask has something to
     choose from) and of single drawings otherwise; ``singles_…`` are of single drawings. ``itm_loss`` is of single
-    drawings, ``scenes_itm_loss`` of scenes.
+    drawings, ``scenes_itm_loss`` of scenes. ``b_…`` and ``c_…`` are of scenes of the further splits; in
+    ``evaluation.json`` each split's are ``splits.NAME.masks``, with ``…_gain``: how many times what random masks get.
+    A source whose samples are scenes has no single drawings: all fields are of scenes.
     """
     tau = recipe.objectives.itc.temperature if temperature is None else float(temperature)
     with frozen(model, recipe.seed):
         count = recipe.evaluation.mask_samples if full else PROBE_PAIRS
         name, split = next(iter(data.splits.items()))
         progress("masks and matching")
-        singles = sample(split, count, recipe.seed)
         scenes = data.scene_batch(name, count, recipe.seed)
-        looks = {"singles": singles} if scenes is None else {"singles": singles, "scenes": scenes}
-        matching = {kind: _matching(model, batch, tau, device, recipe.seed) for kind, batch in looks.items()}
+        looks: dict[str, Batch] = {} if split.kind == "scene" else {"singles": sample(split, count, recipe.seed)}
+        if scenes is not None:
+            looks["scenes"] = scenes
+        captioner = is_captioner(model)  # without a match head
+        matched = {} if captioner else looks
+        matching = {kind: _matching(model, batch, tau, device, recipe.seed) for kind, batch in matched.items()}
         layer, words = recipe.masking.layer, 2048 if full else 512
         masks = {kind: mask_measures(model, batch, look, layer, device, words) for kind, batch in looks.items()}
+        for kind, batch in looks.items() if captioner else ():
+            masks[kind] |= captioner_measures(model, batch, look, recipe, device)
         probe = _flat(masks, matching)
+        of_scenes = {name: masks["scenes"]} if scenes is not None else {}
+        for other in list(data.splits)[1:]:
+            others = data.scene_batch(other, count, recipe.seed)
+            if others is not None:
+                of_scenes[other] = mask_measures(model, others, look, layer, device, words)
         if not full:
-            return probe
+            return probe | {f"{n}_{key}": v for n in list(of_scenes)[1:] for key, v in of_scenes[n].items()}
         splits = {}
         for name, split in data.splits.items():
             splits[name] = retrieval(model, split, recipe, device, tau, progress)
+            if name in of_scenes:
+                splits[name]["masks"] = of_scenes[name] | gains(of_scenes[name])
+        more = further(model, data, recipe, device, progress)
+    main = matching.get("singles", matching.get("scenes", {}))
     return {
         "splits": splits,
-        "itm": {**matching["singles"], **({"scenes": matching["scenes"]} if "scenes" in matching else {})},
+        **more,
+        "itm": {**main, **({"scenes": matching["scenes"]} if "scenes" in matching else {})},
         "masks": {**probe, "samples": count},
         "machine": describe_machine(),
         "seed": recipe.seed,
@@ -84,9 +111,41 @@ def retrieval(
     """A split's entry of ``evaluation.json``, and word of how far it has come."""
     heading = f"retrieval: {split.title}"
     progress(heading)
+    section = recipe.evaluation
+    if is_captioner(model):  # which has nothing to re-rank by
+        section = section.model_copy(update={"rerank": 0})
     return evaluate_split(
-        model, split, device, temperature, recipe.evaluation, recipe.seed, lambda text: progress(f"{heading}: {text}")
+        model, split, device, temperature, section, recipe.seed, lambda text: progress(f"{heading}: {text}")
     )
+
+
+def further(
+    model: Any,
+    data: PairData,
+    recipe: Recipe,
+    device: torch.device | str,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """What ``evaluation.json`` has beyond retrieval: ``recognition`` where the recipe asks for it, ``composed`` where
+    the data have triplets, ``captioning`` and ``zero_shot`` as :func:`written` has them. For a model in evaluation
+    mode."""
+    found = written(model, data, recipe, device, progress)
+    if recipe.evaluation.recognition:
+        found["recognition"] = recognition(model, data, device, recipe.seed, progress)
+    if data.composed and not hasattr(model, "composed_feature"):
+        raise RecipeError(
+            f"data.source: {recipe.data.source} asks with image and words fused, and this model has no fusion encoder;"
+            " take another model"
+        )
+    if data.composed:
+        found["composed"] = composed_retrieval(model, data.composed, device, progress)
+    return found
+
+
+def gains(masks: Mapping[str, float]) -> dict[str, float]:
+    """``NAME_gain`` of every measure that has a random expectation above 0: the measure over it."""
+    pairs = {name: masks.get(f"{name}_random", 0.0) for name in masks}
+    return {f"{name}_gain": masks[name] / random for name, random in pairs.items() if random > 0}
 
 
 def sample(split: EvaluationSplit, count: int, seed: int) -> Batch:
@@ -108,11 +167,12 @@ def _pools(batch: Batch) -> Iterable[Batch]:
 def _flat(masks: dict[str, dict[str, float]], matching: dict[str, dict[str, float]]) -> dict[str, Any]:
     main = "scenes" if "scenes" in masks else "singles"
     probe: dict[str, Any] = {name: masks[main][name] for name in MASK_FIELDS if name in masks[main]}
-    if main == "scenes":
+    if "singles" in masks and main == "scenes":
         probe |= {f"singles_{name}": v for name, v in masks["singles"].items()}
-    singles = matching["singles"]
-    probe |= {"itm_loss": singles["loss"], "itm_prior": singles["prior"]}
-    probe |= {"itm_accuracy": singles["accuracy"], "itm_auc": singles["auc"]}
+    singles = matching.get("singles", matching.get("scenes", {}))
+    if singles:
+        probe |= {"itm_loss": singles["loss"], "itm_prior": singles["prior"]}
+        probe |= {"itm_accuracy": singles["accuracy"], "itm_auc": singles["auc"]}
     if "scenes" in matching:
         scenes = matching["scenes"]
         probe |= {"scenes_itm_loss": scenes["loss"], "scenes_itm_auc": scenes["auc"]}

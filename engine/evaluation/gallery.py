@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data.base import PairData
 from ..data.batch import Batch
+from ..objectives import Seen
 from ..recipe import Recipe
 from .evaluate import frozen, sample
 from .masks import COVERAGE, NOT_DRAWN, Look, named_and_drawn, patch_coverage
@@ -34,14 +35,14 @@ def write_gallery(
         name, split = next(iter(data.splits.items()))
         scenes = data.scene_batch(name, count - count // 2, recipe.seed + 1)
         looks = [] if scenes is None else [("scene", scenes)]
-        looks.append(("drawing", sample(split, count - (0 if scenes is None else len(scenes)), recipe.seed + 1)))
+        looks.append((split.kind, sample(split, count - (0 if scenes is None else len(scenes)), recipe.seed + 1)))
         run = Path(run_dir)
         fresh = run / "gallery.tmp"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         pairs: list[dict[str, Any]] = []
         for kind, batch in looks:
-            for pair in _pairs(model, batch, look, data, device):
+            for pair in describe_pairs(model, batch, look, data, device):
                 picture = f"{len(pairs):02d}.png"
                 Image.fromarray(pair.pop("pixels")).save(fresh / picture)
                 pairs.append({"kind": kind, "image": f"gallery/{picture}", **pair})
@@ -55,15 +56,15 @@ def write_gallery(
     return run / "gallery.json"
 
 
-def _pairs(model: Any, batch: Batch, look: Look, data: PairData, device: torch.device | str) -> list[dict[str, Any]]:
+def describe_pairs(
+    model: Any, batch: Batch, look: Look, data: PairData, device: torch.device | str
+) -> list[dict[str, Any]]:
+    """Each pair's ``pixels`` (H, W, 3) uint8, its words with their masks, and its patches' masks and attention."""
     if not len(batch):
         return []
     batch = batch.to(device)
     seen, plan = look(model, batch)
-    statistics = seen.statistics
-    assert statistics is not None
-    assert statistics.key_attention is not None
-    assert statistics.query_attention is not None
+    of_patches, of_words = _weights(seen, batch)
     pixels = (data.normalisation.undo(batch.images) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
     named = None
     if batch.things is not None:
@@ -74,13 +75,26 @@ def _pairs(model: Any, batch: Batch, look: Look, data: PairData, device: torch.d
     return [
         {
             "pixels": pixels[i],
-            "words": _words(batch, i, plan.text[i], statistics.query_attention[i], data),
+            "words": _words(batch, i, plan.text[i], of_words[i], data),
             "masked_patches": plan.image[i].nonzero()[:, 0].tolist(),
             "named_patches": None if named is None else named[i].nonzero()[:, 0].tolist(),
-            "attention": [round(v, 5) for v in statistics.key_attention[i].tolist()],
+            "attention": [round(v, 5) for v in of_patches[i].tolist()],
         }
         for i in range(len(batch))
     ]
+
+
+def _weights(seen: Seen, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(B, P) and (B, L): what patches and words weigh for the masks. A captioner's patches weigh by how much nearer
+    their nearest word is to them than that of the farthest patch is to it, its words nothing."""
+    if seen.statistics is None:
+        assert seen.similarities is not None
+        above = seen.similarities - seen.similarities.amin(1, keepdim=True)
+        return above / above.sum(1, keepdim=True).clamp(min=1e-6), torch.zeros(batch.token_ids.shape)
+    of_words = seen.statistics.query_attention if seen.word_attention is None else seen.word_attention
+    assert seen.statistics.key_attention is not None
+    assert of_words is not None
+    return seen.statistics.key_attention, of_words
 
 
 def _words(batch: Batch, i: int, hidden: Tensor, weights: Tensor, data: PairData) -> list[dict[str, Any]]:

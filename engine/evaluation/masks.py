@@ -61,7 +61,9 @@ def named_and_drawn(words: Tensor, count: int) -> Tensor:
 
 
 def add_mask_shares(shares: Shares, plan: MaskPlan, batch: Batch, grid: tuple[int, int]) -> None:
-    """Add a batch's masks to ``on_drawing``, ``on_named``, ``word_visible`` and their ``_random`` expectations."""
+    """Add a batch's masks to ``on_drawing``, ``on_named``, ``named_of_drawn``, ``word_visible`` and their ``_random``
+    expectations. ``named_of_drawn``: of the masked patches that lie on a drawing, those on a named one, which paper
+    between the drawings has no part in."""
     if batch.things is None:
         return
     hidden = plan.image.float()
@@ -75,6 +77,10 @@ def add_mask_shares(shares: Shares, plan: MaskPlan, batch: Batch, grid: tuple[in
         shares.add(name, (hidden * on).sum(1), per_picture)
         shares.add(f"{name}_random", per_picture * on.float().mean(1), per_picture)
     if batch.words is not None:
+        drawn, named = kinds["on_drawing"].float(), kinds["on_named"].float()
+        found = (hidden * drawn).sum(1)
+        shares.add("named_of_drawn", (hidden * named).sum(1), found)
+        shares.add("named_of_drawn_random", found * named.sum(1) / drawn.sum(1).clamp(min=1), found)
         visible = (batch.words > 0) & (batch.words != NOT_DRAWN) & batch.maskable
         hidden_words = (plan.text & batch.maskable).float()
         count = hidden_words.sum(1)
@@ -109,7 +115,12 @@ def attention_maps(
         row, position = part.unbind(1)
         alone = F.one_hot(position, token_mask.shape[1]).bool()
         found = model.fuse(
-            text[row], token_mask[row], [(k[row], v[row]) for k, v in image], layer, query_mask=alone
+            text[row],
+            token_mask[row],
+            [(k[row], v[row]) for k, v in image],
+            layer,
+            query_mask=alone,
+            rows=lambda found: token_mask.new_empty(len(found.key_attention), 0, dtype=torch.int64),  # statistics alone
         ).statistics
         maps.append(found.key_attention)
     return torch.cat(maps)
@@ -145,7 +156,8 @@ def mask_measures(
 ) -> dict[str, float]:
     """All measures of this file on one batch of held-out pairs; shares from 0 to 1.
 
-    Without ``things`` only the entropies are known, without ``words`` nothing about names.
+    Without ``things`` only the entropies are known, without ``words`` nothing about names. A captioner, which has no
+    attention between words and patches before its decoder, has no entropies, and points by similarity.
     """
     shares = Shares()
     starts = range(0, len(batch), CHUNK)
@@ -153,12 +165,17 @@ def mask_measures(
         beat("evaluation: masks")
         part = batch.rows(slice(start, start + CHUNK)).to(device)
         seen, plan = look(model, part)
-        assert seen.statistics is not None
-        add_attention_shares(shares, seen.statistics, part.maskable)
         add_mask_shares(shares, plan, part, model.patch_grid)
         words = visible_words(part, max(pointing_words // len(starts), 1))
-        if len(words):
-            image = model.project_image(seen.image.tokens)
-            maps = attention_maps(model, image, seen.text.tokens, part.token_mask, layer, words)
+        if seen.statistics is not None:
+            add_attention_shares(shares, seen.statistics, part.maskable)
+            if len(words):
+                image = model.project_image(seen.image.tokens)
+                maps = attention_maps(model, image, seen.text.tokens, part.token_mask, layer, words)
+                add_pointing(shares, part, model.patch_grid, words, maps)
+        elif len(words):  # a captioner's words point by how similar patches are to them
+            row, position = words.unbind(1)
+            asked = model.word_features(seen.text.tokens)[row, position]
+            maps = (model.patch_features(seen.image.tokens)[row] @ asked[:, :, None])[:, :, 0]
             add_pointing(shares, part, model.patch_grid, words, maps)
     return shares.result()

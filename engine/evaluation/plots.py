@@ -26,6 +26,7 @@ SMALL, WIDE = (3.7, 2.15), (10.6, 3.3)  # inches: three to a row of the report, 
 LOSS_TITLES = {
     "loss": "Total", "itc": "ITC: image–text contrast", "itm": "ITM: image–text matching",
     "mlm": "MLM: masked words", "mim": "MIM: masked patches",
+    "caption": "Captions: next words", "tg_mim": "TG-MIM: patches from words",
 }  # fmt: skip
 
 
@@ -71,7 +72,12 @@ SELECTIVITY = (
     Chart(
         "Masked patches on a named thing",
         "things both drawn and named",
-        (Line("on_named", "teacher's masks", "c1"), Line("on_named_random", "random masks", "random", dashed=True)),
+        (
+            Line("on_named", "teacher's masks", "c1"),
+            Line("b_on_named", "(b)", "c3"),
+            Line("c_on_named", "(c)", "c2"),
+            Line("on_named_random", "random masks", "random", dashed=True),
+        ),
         percent=True,
     ),
     Chart(
@@ -86,7 +92,12 @@ SELECTIVITY = (
     Chart(
         "Pointing",
         "a word's strongest patch lies on its thing",
-        (Line("pointing", "teacher", "c1"), Line("pointing_random", "random patch", "random", dashed=True)),
+        (
+            Line("pointing", "teacher", "c1"),
+            Line("b_pointing", "(b)", "c3"),
+            Line("c_pointing", "(c)", "c2"),
+            Line("pointing_random", "random patch", "random", dashed=True),
+        ),
         percent=True,
     ),
 )  # fmt: skip

@@ -11,9 +11,14 @@ from typing import Any
 from ..atomic import replace_file, writing_to
 from ..errors import CheckpointError
 from . import plots
+from .batch_pictures import read_batches
+from .caption_gallery import SCORES as SCORES_OF_CAPTIONS
+from .caption_gallery import caption_rows, class_rows, read_captions
+from .mask_history import history, read_snapshots
 from .matching import ITM_PRIOR
 from .orders import SCORES, orders
 from .ranking import CUTS, rsum
+from .reconstructions import read_reconstructions
 from .run_folder import Record, Run, read_run, series
 from .summary import legend
 
@@ -39,6 +44,8 @@ def build_report(run_dir: Path | str) -> Path:
 
     run = read_run(run_dir)
     splits = run.evaluation.get("splits", {})
+    snapshots = read_snapshots(run.path)
+    source = run.recipe.get("data", {}).get("source", "emoji") if run.recipe else ""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -59,12 +66,20 @@ def build_report(run_dir: Path | str) -> Path:
         legend=legend(splits),
         cuts=CUTS,
         pairs=_pairs(run),
+        history=history(snapshots),
+        batches=read_batches(run.path),
+        captions=read_captions(run.path),
+        caption_rows=caption_rows(run.evaluation),
+        caption_scores=list(SCORES_OF_CAPTIONS.values()),
+        class_rows=class_rows(run.evaluation),
+        reconstructions=read_reconstructions(run.path),
+        history_grid=snapshots[0]["grid"] if snapshots else [1, 1],
         scale=plots.heat_scale([pair["attention"] for pair in run.gallery.get("pairs", [])]),
         grid=run.gallery.get("grid", [1, 1]),
         gallery_split=run.gallery.get("split", ""),
         measures=_measures(run),
         versions=(run.evaluation.get("machine") or {}).get("versions", {}),
-        sources=EMOJI_SOURCES if run.recipe.get("data", {}).get("source", "emoji") == "emoji" and run.recipe else (),
+        sources=EMOJI_SOURCES if source in ("emoji", "scenes", "composed_emoji") else (),
     )
     path = run.path / "report.html"
     with writing_to(run.path):
@@ -116,6 +131,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     minutes = run.evaluation.get("minutes") or (last["time_s"] / 60 if last.get("time_s") else None)
     objectives = run.recipe.get("objectives", {})
     on = [n.upper() for n in ("itc", "itm", "mlm", "mim") if objectives.get(n, {}).get("weight", 1.0)]
+    on += [words for n, words in FURTHER_TERMS.items() if objectives.get(n, {}).get("weight")]
     training = run.recipe.get("training", {})
     facts = [
         ("took", f"{minutes:.1f} min" if minutes else ""),
@@ -278,11 +294,18 @@ def _pairs(run: Run) -> list[dict[str, Any]]:
     return found
 
 
+FURTHER_TERMS = {"caption": "captions", "tg_mim": "TG-MIM", "composed": "text-guided retrieval"}
 _MEASURES = {
+    "caption_loss": ("caption, nats a word; by chance: from another pair's image", "caption_loss_other"),
+    "reconstruction": ("L1 of high patches painted back; by chance: in the other patches' mean", "reconstruction_mean"),
+    "reconstruction_other": ("the same, with another pair's caption", None),
+    "low_on_drawing": ("low patches on a drawing", "on_drawing_random"),
+    "low_on_named": ("low patches on a thing drawn and named", "on_named_random"),
     "attention_entropy": ("attention entropy of a head's row, share of maximum", None),
     "key_attention_entropy": ("entropy of the mean that picks the patches, share of maximum", None),
     "on_drawing": ("masked patches on a drawing", "on_drawing_random"),
     "on_named": ("masked patches on a thing drawn and named", "on_named_random"),
+    "named_of_drawn": ("of the masked patches on a drawing, on a named one", "named_of_drawn_random"),
     "word_visible": ("masked words whose thing is visible", "word_visible_random"),
     "pointing": ("words whose strongest patch is on their thing", "pointing_random"),
     "itm_loss": ("ITM loss on held-out pairs, nats", "itm_prior"),

@@ -9,6 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from .caption_gallery import print_written
+from .further_tables import print_further
 from .orders import orders
 from .ranking import CUTS
 
@@ -16,8 +18,17 @@ from .ranking import CUTS
 def print_summary(evaluation: Mapping[str, Any], console: Console | None = None) -> None:
     """Print splits x R@1/5/10 and their sum in both directions by every order. Takes what ``evaluation.json`` holds."""
     console = console or Console()
+    if evaluation.get("splits"):
+        _print_retrieval(evaluation["splits"], console)
+    print_further(evaluation, console)
+    print_written(evaluation, console)
+    console.print()
+    for line in verdicts(evaluation):
+        console.print(f"  {line}", highlight=False)
+
+
+def _print_retrieval(splits: Mapping[str, Any], console: Console) -> None:
     console.print("\n[bold]Retrieval on held-out pairs[/], % of queries answered")
-    splits = evaluation.get("splits", {})
     tags = {name: f"({name})" if len(name) == 1 else f"({i})" for i, name in enumerate(splits, 1)}
     for name, split in splits.items():
         console.print(
@@ -46,9 +57,6 @@ def print_summary(evaluation: Mapping[str, Any], console: Console | None = None)
     console.print(table)
     for line in legend(splits):
         console.print(f"  {line}", highlight=False, markup=False, style="dim")
-    console.print()
-    for line in verdicts(evaluation):
-        console.print(f"  {line}", highlight=False)
 
 
 def legend(splits: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from . import policies as _files  # noqa: F401  (importing a policy's file regis
 from .draws import Draws
 from .plan import KEEP, MaskContext, MaskPlan
 from .planner import MaskPlanner, check_masking
-from .registry import Corpus, Policy, build_policy, policies, register_policy
+from .registry import Corpus, Policy, build_policy, policies, reads_words, register_policy
 
 __all__ = [
     "KEEP",
@@ -17,5 +17,6 @@ __all__ = [
     "build_policy",
     "check_masking",
     "policies",
+    "reads_words",
     "register_policy",
 ]

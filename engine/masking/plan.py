@@ -16,6 +16,7 @@ from .draws import Draws
 # Inputs that not every run has, and what in a recipe provides them.
 PROVIDED_BY = {
     "statistics": "a fusion encoder, which objectives.itm, mlm or mim switch on",
+    "word_attention": "the block in which patches read the words, which objectives.mim trains,",
     "similarities": "both towers' projections (model.projection_width)",
     "caption_similarity": "both towers' projections (model.projection_width)",
     "image_attention": "an image tower with blocks (model.image.depth of at least 1)",
@@ -45,6 +46,7 @@ class MaskContext:
     step: int = 0
     progress: float = 0.0  # share of the run that is done, 0..1
     statistics: AttentionStatistics | None = None  # of the chosen fusion layer; patches only, without the image's CLS
+    word_attention: Tensor | None = None  # (B, L) float32: mean over heads and patches of their softmax over the words
     similarities: Tensor | None = None  # (B, P) float32: max over maskable words of the cosine of patch and word
     caption_similarity: Tensor | None = None  # (B, P) float32: cosine of the patch and the caption's feature
     image_attention: Tensor | None = None  # (B, P) float32: the image tower's last [CLS] attention, mean over heads

@@ -92,9 +92,18 @@ def check_masking(recipe: Recipe) -> None:
         "priors": section.prior is not None,
         "image_attention": recipe.model.image.depth > 0,
         "patch_scores": recipe.objectives.mim.weight > 0,
+        "word_attention": recipe.objectives.mim.weight > 0,
+        "statistics": recipe.model.captioner is None,
         "patch_losses": False,
     }
     planner.require([name for name, is_given in given.items() if not is_given])
+    if recipe.model.captioner is not None:
+        low, views = recipe.objectives.caption, planner.policy.views
+        if low.weight > 0 and low.low_patches != "keep" and views < 2:
+            raise RecipeError(
+                f"objectives.caption.low_patches ({low.low_patches}): masking.policy {planner.policy.name!r} gives no"
+                " low patches; take 'sycoca' with side: both, 'random' with a low_ratio, or low_patches: keep"
+            )
     if section.prior is not None and "priors" not in planner.needs:
         raise RecipeError(f"masking.prior: policy {planner.policy.name!r} reads no prior; remove it, or take 'prior'")
     words = planner.text_policy

@@ -34,7 +34,7 @@ class Policy:
     """Base of the policies: its settings, and hooks that most of them leave alone."""
 
     name: ClassVar[str] = ""  # set by register_policy
-    needs: ClassVar[tuple[str, ...]] = ()  # optional inputs of MaskContext that it reads
+    needs: tuple[str, ...] = ()  # optional inputs of MaskContext that it reads; an option may add some
 
     reads_thresholds: ClassVar[bool] = False  # of the recipe: image_threshold and text_threshold
 
@@ -47,6 +47,11 @@ class Policy:
 
     def __call__(self, context: MaskContext) -> MaskPlan:
         raise NotImplementedError
+
+    @property
+    def views(self) -> int:
+        """How many masks of one image a plan has; a captioner reads the second as its low patches."""
+        return 1
 
     def prepare(self, corpus: Corpus) -> None:
         """Count whatever is to be counted in the training captions; called once, with the same corpus on every rank."""
@@ -115,6 +120,12 @@ def build_policy(section: MaskingSection, text: bool = False) -> Policy:
             where = f"masking.{'text_options' if text else 'options'}.{field}"
             raise RecipeError(f"{where}: no such file {value}; check the path")
     return kind(section, options)
+
+
+def reads_words(section: MaskingSection) -> bool:
+    """Whether masks are chosen by what patches read of the words, which takes a block of the model for it."""
+    texts = (False, True) if section.text_policy else (False,)
+    return any("word_attention" in build_policy(section, text=text).needs for text in texts)
 
 
 def _hint(word: str, known: Iterable[str]) -> str:

@@ -53,9 +53,9 @@ def recognise(state: Mapping[str, object], where: str) -> AlbefLayout:
         shapes[name] for name in ranks if name != "itm_head.weight"
     )
     # Counted in the momentum model, too, so that a block that one of the two has not is told as missing there.
-    blocks = _count(state, r"visual_encoder(?:_m)?\.blocks\.(\d+)\.")
+    blocks = count_blocks(state, r"visual_encoder(?:_m)?\.blocks\.(\d+)\.")
     layer = re.escape(bert).replace("text_encoder", "text_encoder(?:_m)?") + r"encoder\.layer\.(\d+)\."
-    layers, fused = _count(state, layer), _numbers(state, layer + r"crossattention\.")
+    layers, fused = count_blocks(state, layer), _numbers(state, layer + r"crossattention\.")
     side = math.isqrt(max(0, places[1] - 1))
     _require(patch[2] == patch[3], where, f"its patches are {patch[2]} × {patch[3]} pixels, ALBEF's are square")
     _require(side > 0 and side * side == places[1] - 1, where, f"its {places[1] - 1} patches are no square")
@@ -63,7 +63,7 @@ def recognise(state: Mapping[str, object], where: str) -> AlbefLayout:
     _require(min(fused, default=1) > 0, where, "its BERT has cross-attention from the first layer on, as BLIP's has")
     for name, width in (("image", patch[0]), ("text", words[1])):
         _require(width % HEAD_WIDTH == 0, where, f"its {name} tower's width {width} is no multiple of {HEAD_WIDTH}")
-    text = {"width": words[1], "heads": words[1] // HEAD_WIDTH, "mlp_ratio": _ratio(bert_feed[0], words[1])}
+    text = {"width": words[1], "heads": words[1] // HEAD_WIDTH, "mlp_ratio": mlp_ratio(bert_feed[0], words[1])}
     section = _section(
         where,
         {
@@ -73,7 +73,7 @@ def recognise(state: Mapping[str, object], where: str) -> AlbefLayout:
                 "width": patch[0],
                 "depth": blocks,
                 "heads": patch[0] // HEAD_WIDTH,
-                "mlp_ratio": _ratio(feed[0], patch[0]),
+                "mlp_ratio": mlp_ratio(feed[0], patch[0]),
             },
             "text": {**text, "depth": min(fused), "positions": positions[0], "segments": segments[0]},
             "fusion": {"depth": layers - min(fused), "norm": "post"} | {k: text[k] for k in ("heads", "mlp_ratio")},
@@ -156,9 +156,9 @@ def _refuse(
     where: str, missing: Sequence[str], foreign: Sequence[str], others: Sequence[str], more: bool = False
 ) -> None:
     """``more``: no more than the first that are missing were looked for."""
-    told = [f"{len(names)}{' or more' if more and what == 'missing' else ''} {what} ({_some(names)})"
+    told = [f"{len(names)}{' or more' if more and what == 'missing' else ''} {what} ({some_names(names)})"
             for names, what in ((missing, "missing"), (foreign, "foreign")) if names]  # fmt: skip
-    told += [f"{len(others)} of another shape or type ({_some(others)})"] if others else []
+    told += [f"{len(others)} of another shape or type ({some_names(others)})"] if others else []
     hint = next((hint for begin, hint in _STRANGERS.items() if any(name.startswith(begin) for name in foreign)), None)
     raise CheckpointError(
         f"{where} is no checkpoint in ALBEF's layout: of its names {', '.join(told)}; "
@@ -166,7 +166,7 @@ def _refuse(
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
@@ -174,11 +174,11 @@ def _numbers(state: Mapping[str, object], pattern: str) -> set[int]:
     return {int(found[1]) for name in state if (found := re.match(pattern, name))}
 
 
-def _count(state: Mapping[str, object], pattern: str) -> int:
+def count_blocks(state: Mapping[str, object], pattern: str) -> int:
     return max(_numbers(state, pattern), default=-1) + 1
 
 
-def _ratio(hidden: int, width: int) -> float:
+def mlp_ratio(hidden: int, width: int) -> float:
     """``int(width * ratio)`` is ``hidden``, whatever the rounding."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -19,6 +19,7 @@ from .packing import Packing
 
 KeyValue = tuple[Tensor, Tensor]  # each (B, H, P, D)
 ImageIndex = Sequence[Tensor | None]  # of equal parts of the texts: which images they read; None = text i reads image i
+Rows = Tensor | Callable[[AttentionStatistics], Tensor]  # (B, M) int64, or what makes them of the statistics
 BERT_EPS = 1e-12  # of BERT's layer norms (Devlin et al. 2019)
 TEACHER_STATISTICS = ("entropy", "key_attention", "query_attention")
 INITIAL_SHARPNESS = 8.0  # cosines of unrelated directions scatter by D ** -0.5, logits then by about one
@@ -183,10 +184,11 @@ class FusionLayer(nn.Module):
         image_index: ImageIndex | None = None,
         rows: Tensor | None = None,
         packing: Packing | None = None,
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the layer's output and the queries it put to the image, both (B, L, width) or, as ``x`` then is,
         (N, width) packed; or (B, M, width) of ``rows`` (B, M): all words are then still read, but the others are not
-        computed any further."""
+        computed any further. ``choose`` makes those rows of all words' queries (B, L, width), before they are put."""
         y = x if self.post else self.self_norm(x)
         words = self.self_attention.project(y, packing)
         if rows is not None:
@@ -196,6 +198,10 @@ class FusionLayer(nn.Module):
             packing = None
         x = x + self.dropout(self.self_attention(y, words, word_mask, links, packing=packing))
         asked = self.self_norm(x) if self.post else self.cross_norm(x)
+        if choose is not None:
+            wanted = Visible(choose(asked if packing is None else packing.pad(asked)))
+            x, asked = (gather(z if packing is None else packing.pad(z), wanted) for z in (x, asked))
+            packing = None
         read = self.dropout(self._read(asked, image, head_mask, image_mask, image_index, packing))
         if self.post:
             x = self.cross_norm(asked + read)
@@ -265,7 +271,7 @@ class FusionEncoder(nn.Module):
         head_mask: Tensor | None = None,
         image_mask: Tensor | None = None,
         image_index: ImageIndex | None = None,
-        rows: Tensor | None = None,
+        rows: Rows | None = None,
     ) -> Fused:
         """Fuse (B, L, width) words with the projected images, U of them. What comes out at padding says nothing.
 
@@ -282,11 +288,13 @@ class FusionEncoder(nn.Module):
                 keys and values are gathered, or None: row i of the part reads image i (R <= U). The latter share the
                 images' keys and values, which are neither copied nor gathered.
             rows: (B, M) int64, positions whose output is wanted, if not all: the last layer then computes these alone.
-                A position may come twice.
+                A position may come twice. Or what makes them of the statistics, as a mask policy does: of the last
+                layer, too, which then goes on for these words alone from the queries that were described.
 
         Raises:
-            ValueError: statistics together with ``image_index``, or of the last layer with ``rows``; texts that do not
-                divide into ``image_index``; parts longer than the images; a head mask of samples with ``image_index``.
+            ValueError: statistics together with ``image_index``, or of the last layer with fixed ``rows``; ``rows`` to
+                make of statistics that no layer gives; texts that do not divide into ``image_index``; parts longer than
+                the images; a head mask of samples with ``image_index``.
         """
         chosen = None if statistics_layer is None else range(len(self.layers))[statistics_layer]
         last = len(self.layers) - 1
@@ -294,30 +302,47 @@ class FusionEncoder(nn.Module):
             if chosen is not None:
                 raise ValueError("attention statistics are of texts that read their own image: leave image_index out")
             _check_index(image_index, len(text_tokens), len(image[0][0]), head_mask)
-        asked_rows = None if rows is None else rows.shape[1]
-        if rows is not None:
-            if chosen == last:
-                raise ValueError("statistics of the last layer are of all words: leave rows out")
-            if not asked_rows:  # run all the same: under ZeRO stage 3 other ranks, which have rows, wait in the layer
-                rows = rows.new_zeros(len(rows), 1)
-        found = None
+        later = None if rows is None or isinstance(rows, Tensor) else rows
+        places, count = _places(rows) if isinstance(rows, Tensor) else (None, None)
+        if later is not None and chosen is None:
+            raise ValueError("rows that are made of statistics need a statistics_layer")
+        if places is not None and chosen == last:
+            raise ValueError("statistics of the last layer are of all words: leave rows out")
+        found: AttentionStatistics | None = None
+        words = token_mask if query_mask is None else query_mask
+
+        def describe(asked: Tensor) -> AttentionStatistics:
+            assert chosen is not None
+            layer, (key, value) = self.layers[chosen], image[chosen]
+            assert isinstance(layer, FusionLayer)
+            patches = None if image_mask is None else image_mask[:, 1:]
+            heads = None if head_mask is None else head_mask[chosen]
+            return layer.cross_attention.statistics(asked, (key[:, :, 1:], value[:, :, 1:]), words, patches, heads)
+
+        def choose(asked: Tensor) -> Tensor:
+            nonlocal found, places, count
+            assert later is not None
+            found = describe(asked)
+            places, count = _places(later(found))
+            return places
+
         packing = Packing.of(token_mask)
         x = text_tokens if packing is None else packing.pack(text_tokens)
         for i, layer in enumerate(self._layers()):
             heads = None if head_mask is None else head_mask[i]
-            wanted = rows if i == last else None
-            x, asked = layer(x, token_mask, image[i], links, heads, image_mask, image_index, wanted, packing)
-            if i == chosen:
+            wanted = places if i == last else None
+            within = choose if later is not None and i == chosen == last else None
+            x, asked = layer(x, token_mask, image[i], links, heads, image_mask, image_index, wanted, packing, within)
+            if i == chosen and within is None:
                 asked = asked if packing is None else packing.pad(asked)
-                key, value = image[i]
-                words = token_mask if query_mask is None else query_mask
-                patches = None if image_mask is None else image_mask[:, 1:]
-                of_patches = (key[:, :, 1:], value[:, :, 1:])
-                found = layer.cross_attention.statistics(asked, of_patches, words, patches, heads)
+                if later is None:
+                    found = describe(asked)
+                else:
+                    choose(asked)
         x = self.norm(x)
         if packing is not None and rows is None:
             x = packing.pad(x)
-        return Fused(x[:, :asked_rows], found)
+        return Fused(x[:, :count], found)
 
     def record_importance(self, on: bool = True) -> None:
         """From the next forward on, note in each backward how much every head of the cross-attentions matters. Call it
@@ -342,6 +367,13 @@ class FusionEncoder(nn.Module):
         """Take (layers, H) float32 for what was noted, as a resumed run does."""
         for layer, row in zip(self._layers(), importance, strict=True):
             layer.cross_attention.importance = row.clone()
+
+
+def _places(rows: Tensor) -> tuple[Tensor, int]:
+    """(B, M) as they are computed, and M. A layer runs even where there are none: under ZeRO stage 3 other ranks, which
+    have rows, wait in it."""
+    count = rows.shape[1]
+    return (rows if count else rows.new_zeros(len(rows), 1)), count
 
 
 def _check_index(image_index: ImageIndex, texts: int, images: int, head_mask: Tensor | None) -> None:

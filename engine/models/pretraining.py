@@ -10,18 +10,29 @@ from torch import Tensor, nn
 
 from ..recipe import MaskingSection, ModelSection, ObjectivesSection
 from .dropping import restore
-from .fusion import Attention
 from .vision_language import Encoded, VisionLanguageModel
+from .word_reader import WordReader, build_word_reader
 
 T = TypeVar("T")
 
 
-class PatchDecoder(nn.Module):
-    """Predicts hidden patches: one block in which image tokens read the words, then a linear head.
+class PatchHead(nn.Module):
+    """The patch decoder behind a :class:`WordReader` that lives elsewhere: feed-forward, then a linear head."""
 
-    Patches that were left out of the encoder come as placeholders that know of no other patch: with ``self_attention``
-    image tokens look at each other before they read the words, as in MAE's decoder (He et al. 2022).
-    """
+    def __init__(self, width: int, mlp_ratio: float, target_width: int) -> None:
+        super().__init__()
+        self.feed_norm = nn.LayerNorm(width)
+        hidden = int(width * mlp_ratio)
+        self.feed_forward = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.head = nn.Linear(width, target_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1 + P, width) image tokens that have read the words -> (B, 1 + P, target width)."""
+        return self.head(x + self.feed_forward(self.feed_norm(x)))
+
+
+class PatchDecoder(WordReader):
+    """Predicts hidden patches: one block in which image tokens read the words, then a linear head."""
 
     def __init__(
         self,
@@ -32,11 +43,7 @@ class PatchDecoder(nn.Module):
         target_width: int,
         self_attention: bool = False,
     ) -> None:
-        super().__init__()
-        self.self_norm = nn.LayerNorm(width) if self_attention else None
-        self.self_attention = Attention(width, width, heads) if self_attention else None
-        self.norm = nn.LayerNorm(width)
-        self.attention = Attention(width, text_width, heads)
+        super().__init__(width, text_width, heads, self_attention)
         self.feed_norm = nn.LayerNorm(width)
         hidden = int(width * mlp_ratio)
         self.feed_forward = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
@@ -44,19 +51,20 @@ class PatchDecoder(nn.Module):
 
     def forward(self, image_tokens: Tensor, text_tokens: Tensor, token_mask: Tensor) -> Tensor:
         """(B, 1 + P, width) tokens of a masked image and (B, L, text width) words -> (B, 1 + P, target width)."""
-        x = image_tokens
-        if self.self_norm is not None and self.self_attention is not None:
-            y = self.self_norm(x)
-            x = x + self.self_attention(y, self.self_attention.project(y))
-        x = x + self.attention(self.norm(x), self.attention.project(text_tokens), token_mask)
+        x = self.read(image_tokens, text_tokens, token_mask)
         x = x + self.feed_forward(self.feed_norm(x))
         return self.head(x)
 
 
+def target_width(section: ModelSection, objectives: ObjectivesSection) -> int:
+    """Numbers that are predicted of a patch."""
+    image = section.image
+    return image.width if objectives.mim.target == "teacher_feature" else 3 * image.patch_size**2
+
+
 def build_patch_decoder(section: ModelSection, objectives: ObjectivesSection, drops: bool = False) -> PatchDecoder:
     """Fresh: the decoder of a recipe. ``drops``: hidden patches are left out of the encoder."""
-    image = section.image
-    target = image.width if objectives.mim.target == "teacher_feature" else 3 * image.patch_size**2
+    image, target = section.image, target_width(section, objectives)
     return PatchDecoder(image.width, section.text.width, image.heads, image.mlp_ratio, target, self_attention=drops)
 
 
@@ -74,14 +82,20 @@ class PretrainingModel(nn.Module):
         pad_id: int = 0,
         mask_id: int = 4,
     ) -> None:
-        """``masking`` says whether hidden patches are left out, which the decoder has to make up for; default they are
-        not. ``mask_network``, ``pad_id``, ``mask_id``: see :class:`VisionLanguageModel`."""
+        """``masking`` says whether hidden patches are left out, which the decoder has to make up for, and whether the
+        block in which patches read the words is mirrored by the teacher; default neither. ``mask_network``, ``pad_id``,
+        ``mask_id``: see :class:`VisionLanguageModel`."""
         super().__init__()
-        self.model = VisionLanguageModel(section, vocabulary_size, max_length, pad_id, mask_network, mask_id)
+        reader = build_word_reader(section, masking)
+        self.model = VisionLanguageModel(section, vocabulary_size, max_length, pad_id, mask_network, mask_id, reader)
         # One element, not none: DeepSpeed cannot broadcast a 0-d parameter.
         self.temperature = nn.Parameter(torch.tensor([objectives.itc.temperature]))
         drops = masking is not None and masking.hidden_patches == "drop"
-        self.patch_decoder = build_patch_decoder(section, objectives, drops)
+        self.patch_decoder: nn.Module = (
+            build_patch_decoder(section, objectives, drops)
+            if reader is None
+            else PatchHead(section.image.width, section.image.mlp_ratio, target_width(section, objectives))
+        )
 
     def decode_patches(self, encoded: Encoded, text_tokens: Tensor, token_mask: Tensor) -> Tensor:
         """An image whose patches were hidden in either way and (B, L, text width) words -> (B, 1 + P, target width).
@@ -92,7 +106,13 @@ class PretrainingModel(nn.Module):
         if encoded.visible is not None:
             places = self.model.image.placeholders()
             tokens = restore(tokens, encoded.visible.after(1), places, len(places))
-        return self.patch_decoder(tokens, text_tokens, token_mask)
+        reader = self.model.word_reader
+        found: Tensor
+        if reader is None:
+            found = self.patch_decoder(tokens, text_tokens, token_mask)
+        else:
+            found = self.patch_decoder(reader(tokens, text_tokens, token_mask))
+        return found
 
     def forward(self, visit: Callable[[PretrainingModel], T]) -> T:
         """Run ``visit(self)`` inside this module's forward, where DeepSpeed's hooks see it."""

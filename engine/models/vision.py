@@ -31,12 +31,13 @@ class ImageTower(nn.Module):
     """ViT (Dosovitskiy et al. 2021) with a learned mask token; ``stem: conv`` replaces the patch projection by
     stride-2 convolutions (Xiao et al. 2021, "Early convolutions help transformers see better")."""
 
-    def __init__(self, section: ImageTowerSection) -> None:
+    def __init__(self, section: ImageTowerSection, **options: Any) -> None:
+        """``options``: of timm's VisionTransformer, beyond what a recipe says."""
         super().__init__()
         self.patch_size = section.patch_size
         side = section.size // section.patch_size
         self.patch_grid = (side, side)
-        extra = {}
+        extra: dict[str, Any] = {}
         if section.stem == "conv":
             extra = {"embed_layer": partial(HybridEmbed, backbone=_conv_stem(section.patch_size))}
         self.vit = VisionTransformer(
@@ -49,6 +50,7 @@ class ImageTower(nn.Module):
             num_classes=0,
             global_pool="",
             **extra,
+            **options,
         )
         self.mask_token = nn.Parameter(torch.zeros(section.width))
         nn.init.normal_(self.mask_token, std=0.02)

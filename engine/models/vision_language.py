@@ -14,9 +14,10 @@ from crossmask.kernels.linear import use_linear
 
 from ..recipe import ModelSection
 from .dropping import Visible
-from .fusion import BERT_EPS, Fused, FusionEncoder, ImageIndex, KeyValue
+from .fusion import BERT_EPS, Fused, FusionEncoder, ImageIndex, KeyValue, Rows
 from .text import TextTower
 from .vision import ImageTower
+from .word_reader import WordReader
 
 T = TypeVar("T")
 
@@ -55,9 +56,11 @@ class VisionLanguageModel(nn.Module):
         pad_id: int = 0,
         mask_network: nn.Module | None = None,
         mask_id: int = 4,
+        word_reader: WordReader | None = None,
     ) -> None:
         """``mask_network``: a mask policy's own module (B, P, image width) -> (B, P); student and teacher get one each.
-        ``pad_id``, ``mask_id``: the words [PAD] and [MASK] of the tokenizer."""
+        ``pad_id``, ``mask_id``: the words [PAD] and [MASK] of the tokenizer. ``word_reader``: the block in which
+        patches read the words, where masks are chosen by it; one each, too."""
         super().__init__()
         width, fusion = section.text.width, section.fusion
         self.pool = section.pool
@@ -70,6 +73,7 @@ class VisionLanguageModel(nn.Module):
         self.word_head = build_word_head(section)
         self.word_bias = nn.Parameter(torch.zeros(vocabulary_size))
         self.mask_network = mask_network
+        self.word_reader = word_reader
         if fusion.norm == "post":
             self.fusion.apply(begin_as_bert)
         use_linear(self)
@@ -115,14 +119,14 @@ class VisionLanguageModel(nn.Module):
             attention_of=self.pool if attention else None,
         )
         tokens, visible = seen.tokens, seen.visible
-        if self.pool == "cls":
-            pooled = tokens[:, 0]
-        elif visible is None:
-            pooled = tokens[:, 1:].mean(1)
-        else:
-            pooled = _mean(tokens[:, 1:], visible.valid)
-        feature = F.normalize(self.image_projection(pooled).float(), dim=-1)
+        feature = F.normalize(self.image_projection(self.pool_image(tokens, visible)).float(), dim=-1)
         return Encoded(tokens, feature, visible, seen.attention)
+
+    def pool_image(self, tokens: Tensor, visible: Visible | None = None) -> Tensor:
+        """(B, N, width), [CLS] first -> (B, width): what stands for an image, before its projection."""
+        if self.pool == "cls":
+            return tokens[:, 0]
+        return tokens[:, 1:].mean(1) if visible is None else masked_mean(tokens[:, 1:], visible.valid)
 
     def encode_text(
         self, token_ids: Tensor, token_mask: Tensor, hidden: Tensor | None = None, links: Tensor | None = None
@@ -132,13 +136,28 @@ class VisionLanguageModel(nn.Module):
         Hidden words have no part in the feature.
         """
         tokens = self.text(token_ids, token_mask, hidden, links)
+        pooled = self.pool_text(tokens, token_mask if hidden is None else token_mask & ~hidden)
+        return Encoded(tokens, self.project_text(pooled))
+
+    def pool_text(self, tokens: Tensor, read: Tensor) -> Tensor:
+        """(B, L, width), [CLS] first, and (B, L) bool -> (B, width): what stands for a text, before its projection."""
         if self.pool == "cls":
-            pooled = tokens[:, 0]
-        else:  # the mean over everything but [CLS], whose embedding says nothing without self-attention
-            read = token_mask if hidden is None else token_mask & ~hidden
-            words = read.to(tokens.dtype)[:, 1:, None]
-            pooled = (tokens[:, 1:] * words).sum(1) / words.sum(1).clamp(min=1)
-        return Encoded(tokens, F.normalize(self.text_projection(pooled).float(), dim=-1))
+            return tokens[:, 0]
+        # the mean over everything but [CLS], whose embedding says nothing without self-attention
+        words = read.to(tokens.dtype)[:, 1:, None]
+        return (tokens[:, 1:] * words).sum(1) / words.sum(1).clamp(min=1)
+
+    def project_text(self, pooled: Tensor) -> Tensor:
+        """(B, width) -> (B, E) float32 of length 1: a text's feature, or that of an image and a text fused."""
+        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+    def patch_features(self, image_tokens: Tensor) -> Tensor:
+        """(B, 1 + P, width) -> (B, P, E) float32, length 1: the patches where features are compared."""
+        return F.normalize(self.image_projection(image_tokens[:, 1:]).float(), dim=-1)
+
+    def word_features(self, text_tokens: Tensor) -> Tensor:
+        """(B, L, width) -> (B, L, E) float32, length 1: the words where features are compared."""
+        return F.normalize(self.text_projection(text_tokens).float(), dim=-1)
 
     def score_patches(self, image_tokens: Tensor) -> Tensor:
         """(B, 1 + P, width) -> (B, P) float32: what the mask network says of every patch."""
@@ -146,6 +165,13 @@ class VisionLanguageModel(nn.Module):
             raise ValueError("the model has no mask network to score patches with: pass mask_network")
         scores: Tensor = self.mask_network(image_tokens[:, 1:])
         return scores.float()
+
+    def word_attention(self, image_tokens: Tensor, text_tokens: Tensor, words: Tensor) -> Tensor:
+        """(B, 1 + P, width) and (B, L, text width) -> (B, L) float32: how much of the patches' attention each of
+        ``words`` (B, L) bool gets, see :class:`WordReader`."""
+        if self.word_reader is None:
+            raise ValueError("the model has no block in which patches read the words: pass word_reader")
+        return self.word_reader.word_attention(image_tokens, text_tokens, words)
 
     def project_image(self, image_tokens: Tensor) -> list[KeyValue]:
         """(B, 1 + P, width) -> per fusion layer the keys and values, each (B, H, 1 + P, D)."""
@@ -163,7 +189,7 @@ class VisionLanguageModel(nn.Module):
         head_mask: Tensor | None = None,
         image_mask: Tensor | None = None,
         image_index: ImageIndex | None = None,
-        rows: Tensor | None = None,
+        rows: Rows | None = None,
     ) -> Fused:
         """See :meth:`FusionEncoder.forward`."""
         return self.fusion(
@@ -181,12 +207,20 @@ class VisionLanguageModel(nn.Module):
 
     def match_logits(self, fused_tokens: Tensor, token_mask: Tensor) -> Tensor:
         """(B, L, width) -> (B, 2) float32; class 1 says the pair belongs together."""
+        return self.match_head(self.pool_fused(fused_tokens, token_mask)).float()
+
+    def pool_fused(self, fused_tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """(B, L, width) -> (B, width): what stands for an image and a text together."""
         if self.pool == "cls":
-            pooled = fused_tokens[:, 0]
-        else:
-            words = token_mask.to(fused_tokens.dtype)[..., None]
-            pooled = (fused_tokens * words).sum(1) / words.sum(1).clamp(min=1)
-        return self.match_head(pooled).float()
+            return fused_tokens[:, 0]
+        words = token_mask.to(fused_tokens.dtype)[..., None]
+        return (fused_tokens * words).sum(1) / words.sum(1).clamp(min=1)
+
+    def composed_feature(self, image_tokens: Tensor, text_tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """(B, 1 + P, width) of reference images and (B, L, width) of words that say how another image differs
+        -> (B, E) float32 of length 1: what to look for among images' features."""
+        fused = self.fuse(text_tokens, token_mask, self.project_image(image_tokens)).tokens
+        return self.project_text(self.pool_fused(fused, token_mask))
 
     def word_hidden(self, rows: Tensor) -> Tensor:
         """(N, width) fused rows -> (N, width): the word head before its decoder."""
@@ -220,7 +254,7 @@ def begin_as_bert(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _mean(tokens: Tensor, valid: Tensor | None) -> Tensor:
+def masked_mean(tokens: Tensor, valid: Tensor | None) -> Tensor:
     """(B, V, width) -> (B, width): the mean over places that count, 0 where there are none."""
     if valid is None:
         return tokens.mean(1) if tokens.shape[1] else tokens.sum(1)

@@ -21,8 +21,9 @@ from ..errors import CheckpointError, nearest
 Tell = Callable[[str], None]
 
 
-def read_state_dict(path: Path, tell: Tell = lambda line: None) -> dict[str, Any]:
-    """The state dict of a safetensors file, or of one of ``torch.save``, there or under ``model``, mapped into memory.
+def read_state_dict(path: Path, tell: Tell = lambda line: None, under: Sequence[str] = ("model",)) -> dict[str, Any]:
+    """The state dict of a safetensors file, or of one of ``torch.save``, there or under the first of ``under`` that is
+    in it, mapped into memory.
 
     Nothing but data is unpickled. ``tell`` takes a line on what else is in the file.
 
@@ -45,15 +46,17 @@ def read_state_dict(path: Path, tell: Tell = lambda line: None) -> dict[str, Any
     if path.suffix == ".safetensors":
         return dict(_load_safetensors(path))
     loaded = _load(path)
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("model"), Mapping):
-        if others := [str(name) for name in loaded if name != "model"]:
+    found = loaded if isinstance(loaded, Mapping) else {}
+    place = next((name for name in under if isinstance(found.get(name), Mapping)), None)
+    if place is not None:
+        if others := [str(name) for name in loaded if name != place]:
             tell(f"left out, beside the model: {', '.join(sorted(others))}")
-        loaded = loaded["model"]
+        loaded = loaded[place]
     if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
         what = f"a {type(loaded).__name__}"
         if isinstance(loaded, (Mapping, Sequence)):
             what += f" of {len(loaded)} entries"
-        raise CheckpointError(f"{path} holds {what}, not a state dict, nor one under 'model'")
+        raise CheckpointError(f"{path} holds {what}, not a state dict, nor one under '{under[0]}'")
     return {str(name): value for name, value in loaded.items()}
 
 

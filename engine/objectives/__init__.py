@@ -1,5 +1,6 @@
 """Each objective is a function of views that returns named terms."""
 
+from .composed import text_guided_retrieval
 from .itc import image_text_contrast
 from .itm import PRIOR, image_text_matching
 from .masked_words import MaskedWords
@@ -22,4 +23,5 @@ __all__ = [
     "look",
     "masked_image_modelling",
     "masked_language_modelling",
+    "text_guided_retrieval",
 ]

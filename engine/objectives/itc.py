@@ -9,6 +9,12 @@ from crossmask.kernels import soft_contrastive
 from .views import Keys, StudentView, TeacherView, Terms
 
 
+def within_bounds(temperature: Tensor) -> Tensor:
+    """Clamped to [0.001, 0.5], yet with a gradient that can lead back inside; float32."""
+    tau = temperature.float()
+    return tau + (tau.clamp(0.001, 0.5) - tau).detach()
+
+
 def image_text_contrast(
     student: StudentView, teacher: TeacherView, keys: Keys, group_id: Tensor, temperature: Tensor, distillation: float
 ) -> Terms:
@@ -17,8 +23,7 @@ def image_text_contrast(
     Pairs of one ``group_id`` (B,) are all true matches. ``temperature`` is used within [0.001, 0.5]. Keys of the batch
     receive a gradient where they carry one; the queue is read where it lies and receives none.
     """
-    tau = temperature.float()
-    tau = tau + (tau.clamp(0.001, 0.5) - tau).detach()  # clamped, yet with a gradient that can lead back inside
+    tau = within_bounds(temperature)
     queue = keys.queue
 
     def contrast(queries: Tensor, of_batch: Tensor, teacher_queries: Tensor, of_queue: Tensor | None) -> Tensor:

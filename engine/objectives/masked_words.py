@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.dropping import Visible, gather
-
 
 @dataclass(frozen=True)
 class MaskedWords:
@@ -25,10 +23,6 @@ class MaskedWords:
         places = torch.argsort(~masked, dim=1, stable=True)[:, : max(1, longest)]
         real = torch.arange(places.shape[1], device=masked.device) < count[:, None]
         return cls(places, torch.argsort(~real.flatten(), stable=True)[:total])
-
-    def at_places(self, tokens: Tensor) -> Tensor:
-        """(R, L, width) -> (R, M, width)"""
-        return gather(tokens, Visible(self.places))
 
     def take(self, found: Tensor) -> Tensor:
         """(R, M, ...) of the places -> (N, ...) of the masked words, in the order of the mask's True entries."""

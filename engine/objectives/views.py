@@ -69,24 +69,33 @@ def look(teacher: VisionLanguageModel, batch: Batch, masks: RunMasks, step: int,
     mlm = masks.recipe.objectives.mlm
     labels = mlm.weight > 0 and mlm.distillation > 0
     keys = teacher.project_image(image.tokens) if labels or masks.statistics else []
-    seen = masks.see(teacher, part, image, text, keys) if masks.statistics else Seen(image, text)
-    plan = masks.plan(teacher, part, seen, step)
-    view = replace(view, image_tokens=image.tokens, statistics=seen.statistics, plan=plan)
-    if mlm.weight == 0:
-        return view
-    words = MaskedWords.of(plan.text)
-    if not labels:
-        return replace(view, words=words)
-    if mlm.teacher_reads == "intact" and seen.fused_tokens is not None:
-        fused = words.at_places(seen.fused_tokens)
+    intact = labels and mlm.teacher_reads == "intact"
+
+    def decide(seen: Seen) -> Tensor:
+        """Make the plan; the places of the words whose soft labels come from the intact pair."""
+        nonlocal view
+        plan = masks.plan(teacher, part, seen, step)
+        words = None if mlm.weight == 0 else MaskedWords.of(plan.text)
+        view = replace(view, image_tokens=image.tokens, statistics=seen.statistics, plan=plan, words=words)
+        return part.token_ids[:, :0] if words is None or not intact else words.places
+
+    if masks.statistics:
+        fused = masks.see(teacher, part, image, text, keys, decide).fused_tokens
     else:
+        decide(Seen(image, text))
+        fused = None
+    plan, words = view.plan, view.words
+    if not labels:
+        return view
+    assert plan is not None
+    assert words is not None
+    if fused is None or not intact:
         if mlm.teacher_reads == "masked":
             text = teacher.encode_text(plan.read(part.token_ids), part.token_mask)
         fused = teacher.fuse(text.tokens, part.token_mask, keys, rows=words.places).tokens
     weight, bias = teacher.word_decoder
     return replace(
         view,
-        words=words,
         word_hidden=teacher.word_hidden(words.take(fused)),
         word_weight=weight.detach(),
         word_bias=bias.detach(),

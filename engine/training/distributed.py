@@ -42,8 +42,6 @@ def init_distributed() -> World:
 
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
     local_rank = int(os.environ["LOCAL_RANK"])
     # torchrun says LOCAL_WORLD_SIZE, DeepSpeed LOCAL_SIZE; DeepSpeed's CPU accelerator reads the latter.
     local_size = int(os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -68,6 +66,8 @@ def init_distributed() -> World:
         # and print that it did. This table is where it looks up which of its operators can be built.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     beat("meeting the other ranks")
+    if "MASTER_PORT" not in os.environ:  # only now: during the imports' seconds another process might take it
+        os.environ["MASTER_PORT"] = str(free_port())
     deepspeed.init_distributed("nccl" if gpus else "gloo", timeout=PATIENCE, auto_mpi_discovery=False, verbose=False)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 

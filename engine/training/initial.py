@@ -9,6 +9,7 @@ from ..beats import beat
 from ..data import CaptionTokenizer
 from ..errors import CheckpointError, RecipeError
 from ..models import PretrainingModel
+from ..models.captioner_student import CaptioningStudent
 from ..models.initial import load_image_weights, load_text_weights
 from ..models.positions import resize_table
 from ..recipe import ModelSection, Recipe
@@ -16,22 +17,29 @@ from .stored import StoredModel, read_stored
 
 SHARED = "model."  # before the teacher's names in the student
 # Parameters that a run may have and its beginning not, or with another shape: they are new then.
-_OPTIONAL = ("temperature", "patch_decoder.", f"{SHARED}mask_network.")
+_OPTIONAL = (
+    *("temperature", "patch_decoder.", f"{SHARED}mask_network.", f"{SHARED}word_reader."),
+    *(f"{SHARED}image_decoder.", f"{SHARED}pixel_head."),
+)
 # What the shapes, and the meaning, of weights depend on. Sizes of images and tables may differ: they are adapted.
 _FIELDS = {
     "image": ("patch_size", "width", "depth", "heads", "mlp_ratio", "stem"),
     "text": ("width", "depth", "heads", "mlp_ratio"),
     "fusion": ("depth", "heads", "mlp_ratio", "qk_norm", "norm"),
+    "captioner": ("depth", "heads", "mlp_ratio", "qk_norm", "pooler", "norm_pre", "quick_gelu", "cls_mask"),
     "": ("projection_width", "pool"),
 }
 _IMAGE_TABLE = "image.vit.pos_embed"
 _TEXT_TABLES = tuple(f"text.bert.embeddings.{table}_embeddings.weight" for table in ("position", "token_type"))
+_CAPTION_TABLE = "text.position_embeddings"  # a captioner's; [CLS] has the last row, where there is one
 
 
 class Initial:
     """Fills a fresh student, and keeps what teacher and queue start from."""
 
-    def __init__(self, student: PretrainingModel, recipe: Recipe, tokenizer: CaptionTokenizer) -> None:
+    def __init__(
+        self, student: PretrainingModel | CaptioningStudent, recipe: Recipe, tokenizer: CaptionTokenizer
+    ) -> None:
         """Draws no random numbers.
 
         Raises:
@@ -57,6 +65,7 @@ class Initial:
         if section.image.weights is not None:
             load_image_weights(student.model.image, section.image.weights)
         if section.text.weights is not None:
+            assert isinstance(student, PretrainingModel)  # a captioner's recipe names no BERT
             self.notices += load_text_weights(student.model, section, section.text.weights)
 
     @staticmethod
@@ -70,8 +79,14 @@ class Initial:
     @staticmethod
     def _check(stored: StoredModel, section: ModelSection, tokenizer: CaptionTokenizer) -> None:
         folder, theirs = section.initial, stored.config.model
+        if (theirs.captioner is None) != (section.captioner is None):
+            kinds = ("a fusion model", "a captioner")
+            their_kind, own_kind = kinds if theirs.captioner is None else kinds[::-1]
+            raise CheckpointError(f"{folder} is {their_kind}, the recipe has {own_kind}; take another folder or recipe")
         found = []
         for part, names in _FIELDS.items():
+            if part == ("fusion" if section.captioner is not None else "captioner"):
+                continue
             one, two = (getattr(model, part) if part else model for model in (theirs, section))
             found += [
                 (f"model.{part}.{name}" if part else f"model.{name}", getattr(one, name), getattr(two, name))
@@ -102,7 +117,7 @@ class Initial:
                     f"{folder} has other words than the data: number {number} is {word!r}, not {own_word!r}; {remedy}"
                 )
 
-    def _fill(self, student: PretrainingModel, stored: StoredModel, recipe: Recipe) -> None:
+    def _fill(self, student: PretrainingModel | CaptioningStudent, stored: StoredModel, recipe: Recipe) -> None:
         own = student.state_dict()
         given = stored.student
         if given is None:
@@ -131,6 +146,12 @@ class Initial:
                 if len(value) < len(mine):
                     text.add(f"{len(mine) - len(value)} of {len(mine)} rows of {name.removeprefix(SHARED)}")
                 value = torch.cat([value[: len(mine)].to(mine), mine[len(value) :]])
+            elif value is not None and name.endswith(_CAPTION_TABLE):
+                cls = int(name.replace("position", "cls") in own)
+                rows, theirs = len(mine) - cls, len(value) - cls
+                if theirs < rows:
+                    text.add(f"{rows - theirs} of {rows} rows of {name.removeprefix(SHARED)}")
+                value = torch.cat([value[: min(rows, theirs)].to(mine), mine[theirs:rows], value[theirs:].to(mine)])
             if value is not None and value.shape == mine.shape:
                 found[name] = value.to(mine, copy=True)
             elif name.startswith(_OPTIONAL):

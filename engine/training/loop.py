@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,20 @@ from ..beats import beat
 from ..data import load_data
 from ..data.batch import Batch
 from ..errors import CheckpointError, RecipeError
-from ..evaluation import build_report, describe_machine, evaluate, print_summary, write_gallery
+from ..evaluation import (
+    build_report,
+    describe_machine,
+    evaluate,
+    print_summary,
+    snapshot_steps,
+    write_batches,
+    write_caption_gallery,
+    write_gallery,
+    write_reconstructions,
+    write_snapshot,
+)
+from ..evaluation.captioner import prompts_of
+from ..evaluation.evaluate import frozen, further
 from ..exported import describe_export, save_exported
 from ..failures import EXIT_STOPPED, describe_failure
 from ..masking import MaskPlan, check_masking
@@ -31,10 +44,12 @@ from ..recipe import Recipe
 from ..recipe_files import dump_recipe
 from .agreement import any_rank
 from .checkpoint import CheckpointManager, CheckpointState
+from .clock import Clock
 from .display import TrainingDisplay, quiet
 from .distributed import init_distributed
+from .mask_notice import nothing_hidden
 from .metrics import MetricWriter
-from .pretrainer import Clock, Pretrainer
+from .pretrainer import Pretrainer
 from .run_lock import run_lock
 from .signals import StopRequest
 from .status import read_status, write_status
@@ -53,10 +68,15 @@ def train(recipe: Recipe, run_dir: Path, resume: bool) -> int:
     check_masking(recipe)  # an unknown policy is said before the data is read
     beat("reading the data")
     data = load_data(recipe)
+    prompts_of(recipe, data)  # what is wrong with them is said before hours of work
     beat("building the model")
-    pretrainer = Pretrainer(recipe, data, rank, world_size, device, resumed=resume)
+    pretrainer = Pretrainer(recipe, data, rank, world_size, device, resumed=resume, run_dir=run_dir)
     run = Run(recipe, run_dir, pretrainer, rank, world_size)
-    with run_lock(run_dir, "trained") if rank == 0 else nullcontext(), StopRequest() as stop:
+    with (
+        run_lock(run_dir, "trained") if rank == 0 else nullcontext(),
+        StopRequest() as stop,
+        closing(pretrainer.sampler),
+    ):
         return run.go(stop, resume)
 
 
@@ -82,6 +102,7 @@ class Run:
         self.temperature = recipe.objectives.itc.temperature  # as last logged
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.warned = False  # of masks that hide nothing
 
     def go(self, stop: StopRequest, resume: bool) -> int:
         recipe, pretrainer, total = self.recipe, self.pretrainer, self.recipe.training.max_steps
@@ -142,7 +163,7 @@ class Run:
                 self._status("failed", describe_failure(error, self.rank).line)
                 raise
         if self.first:
-            if evaluation["splits"]:
+            if evaluation["splits"] or evaluation.get("composed"):
                 print_summary(evaluation)
             print(f"\nreport: {self.run_dir / 'report.html'}", flush=True)
         return 0
@@ -151,9 +172,13 @@ class Run:
         """Train to the end of the recipe; True when asked to stop before."""
         training, pretrainer = self.recipe.training, self.pretrainer
         every = training.evaluate_every
-        saved = pretrainer.next_step
-        if every and pretrainer.next_step == 0:
-            self._probe()
+        saved, kept = pretrainer.next_step, snapshot_steps(training.max_steps)
+        for line in pretrainer.sampler.begin(pretrainer.next_step):
+            self.display.message(line)
+        if pretrainer.next_step == 0:
+            self._snapshot()
+            if every:
+                self._probe()
         since, logged = time.perf_counter(), pretrainer.next_step
         while pretrainer.next_step < training.max_steps:
             terms, numbers = pretrainer.step()
@@ -162,6 +187,9 @@ class Run:
             last = step == training.max_steps
             clock = Clock(pretrainer.seconds)
             self._count(terms)
+            for record in pretrainer.sampler.records():
+                if self.writer is not None:
+                    self.writer.write("order", step, record)
             if step % training.log_every == 0 or last:
                 now = time.perf_counter()
                 numbers["samples_per_s"] = (step - logged) * training.batch_size / (now - since)
@@ -171,6 +199,9 @@ class Run:
             before = clock.lap("logging")
             if every and step % every == 0:
                 self._probe()
+                clock.lap("probes")
+            if step in kept:
+                self._snapshot()
                 clock.lap("probes")
             if stopping or last or step % training.checkpoint_every == 0:
                 if step > saved:
@@ -204,6 +235,7 @@ class Run:
         started = time.perf_counter()
         beat("saving the checkpoint", step)
         try:
+            p.sampler.flush()
             path = checkpoints.save(step, p.engine, p.teacher, p.queue, extra)
         finally:
             slow.cancel()
@@ -251,6 +283,9 @@ class Run:
             numbers |= {"time_s": self._elapsed(), "memory_mb": _memory_mb(self.pretrainer.device)}
             self.writer.train(step, **numbers)
             self.display.update(step, numbers)
+            if not self.warned and (warning := nothing_hidden(numbers, self.recipe)) is not None:
+                self.display.message(warning)
+                self.warned = True
 
     def _probe(self) -> None:
         if not self.pretrainer.data.splits:
@@ -261,6 +296,16 @@ class Run:
                 self.display.status("looking at held-out data")
                 self.writer.probe(self.pretrainer.next_step, self._evaluate(teacher, full=False))
                 self.display.status(None)
+
+    def _snapshot(self) -> None:
+        """Keep the masks of a few held-out pairs as they are now, for the report. Collective."""
+        p = self.pretrainer
+        if not p.data.splits:
+            return
+        beat("evaluation")
+        with p.teacher.weights() as teacher:
+            if self.first:
+                write_snapshot(self.run_dir, p.next_step, teacher, p.data, self._look, self.recipe, p.device)
 
     def _evaluate(
         self, teacher: Any, full: bool, progress: Callable[[str], None] = lambda text: None
@@ -304,6 +349,9 @@ class Run:
         measured: dict[str, Any] = {"splits": {}, "seed": self.recipe.seed}
         if p.data.splits:
             measured = self._evaluate(teacher, True, progress)
+        elif p.data.composed:  # triplets alone, of which no text describes its image
+            with frozen(teacher, self.recipe.seed):
+                measured |= further(teacher, p.data, self.recipe, p.device, progress)
         else:
             self.display.message("nothing was held out (data.validation_fraction is 0), so nothing is evaluated")
         measured |= {"machine": describe_machine(self.world_size), "steps": p.next_step, "minutes": minutes}
@@ -314,6 +362,12 @@ class Run:
         if p.data.splits:
             progress("drawing masked pairs")
             write_gallery(self.run_dir, teacher, p.data, self._look, self.recipe, p.device)
+            write_reconstructions(self.run_dir, teacher, p.data, self._look, self.recipe, p.device)
+            write_caption_gallery(self.run_dir, measured, p.data)
+        examples = p.sampler.examples(2)
+        if examples is not None:
+            progress("drawing batches")
+            write_batches(self.run_dir, p.data, examples)
         return measured
 
     def _elapsed(self) -> float:

@@ -17,11 +17,11 @@ from ..evaluation.run_folder import METRICS_FILE, read_metrics
 
 __all__ = ["MetricWriter", "read_metrics"]
 
-LOSS_TERMS = ("loss", "itc", "itm", "mlm", "mim")
+LOSS_TERMS = ("loss", "itc", "itm", "mlm", "mim", "caption", "tg_mim")
 TENSORBOARD_GROUPS = {
     "losses": LOSS_TERMS,
     "optimizer": ("lr", "gradient_norm", "skipped_steps", "temperature"),
-    "masks": ("image_mask_ratio", "text_mask_ratio", "masked_rows"),
+    "masks": ("image_mask_ratio", "text_mask_ratio", "masked_rows", "masked_images", "low_mask_ratio"),
     "accuracy": ("itm_accuracy", "mlm_accuracy"),
     "machine": ("samples_per_s", "memory_mb"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,34 +10,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..beats import beat
-from ..data import PairData, StepSampler
+from ..data import PairData
 from ..data.batch import Batch
 from ..deepspeed_config import build_deepspeed_config
 from ..masking import Draws
 from ..masking.heads import head_masks
-from ..models import PretrainingModel, VisionLanguageModel
 from ..models.fusion import FusionEncoder
-from ..objectives import Keys, RunMasks, TeacherView, Terms, look
+from ..objectives import RunMasks, Terms
 from ..recipe import Recipe
 from ..teacher import FeatureQueue, Teacher, gather_features, initialize_untouched, named_schedule
+from .clock import Clock
 from .initial import Initial
 from .nonfinite import NonFiniteGuard
 from .optimizer import build_optimizer, learning_rate
-from .step import Schedule, compute_losses, fusion_rows
-
-
-class Clock:
-    """Adds the wall time since its last lap to a named part of ``seconds``."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds, self.last = seconds, time.perf_counter()
-
-    def lap(self, part: str) -> float:
-        """Returns the time now."""
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
-        self.last = now
-        return now
+from .sampling import build_sampler
+from .step import Schedule
+from .systems import MicroStep, build_system
 
 
 class Pretrainer:
@@ -55,18 +43,17 @@ class Pretrainer:
         world_size: int,
         device: torch.device,
         resumed: bool = False,
+        run_dir: Path | None = None,
     ) -> None:
-        """``resumed``: a checkpoint will be loaded, so the weights that the recipe starts from are not looked for."""
+        """``resumed``: a checkpoint will be loaded, so the weights that the recipe starts from are not looked for.
+        ``run_dir`` is needed where ``data.grouping`` is on.
+        """
         self.recipe, self.data, self.rank, self.device = recipe, data, rank, device
         training, model = recipe.training, recipe.model
         self.masks = RunMasks(recipe, data)
         torch.manual_seed(recipe.seed)  # the same initial weights on every rank
-        sizes = (data.tokenizer.vocabulary_size, data.max_tokens)
-        network = self.masks.network()
-        specials = {"pad_id": data.tokenizer.pad_id, "mask_id": data.tokenizer.mask_id}
-        student = PretrainingModel(
-            model, recipe.objectives, *sizes, masking=recipe.masking, mask_network=network, **specials
-        )
+        self.system = build_system(recipe, data, self.masks)
+        student = self.system.build_student()
         initial = None if resumed else Initial(student, recipe, data.tokenizer)
         optimizer = build_optimizer(student, recipe.optimizer)
         self.engine: Any = initialize_untouched(
@@ -74,7 +61,7 @@ class Pretrainer:
         )
         self.teacher = Teacher(
             self.engine,
-            lambda: VisionLanguageModel(model, *sizes, mask_network=self.masks.network(), **specials),
+            self.system.build_teacher,
             named_schedule(recipe.teacher.schedule, recipe.teacher.momentum, training.max_steps),
             buffers=recipe.teacher.buffers,
         )
@@ -92,9 +79,7 @@ class Pretrainer:
                 self.teacher.load_state_dict(initial.teacher)
             if initial.queue is not None:
                 self.queue.load_state_dict(initial.queue)
-        self.sampler = StepSampler(
-            data.train_size, training.batch_size, world_size, recipe.seed, training.accumulation_steps
-        )
+        self.sampler = build_sampler(recipe, data, rank, world_size, device, run_dir)
         self.guard = NonFiniteGuard(training.max_nonfinite, data.name_of)
         self.next_step = 0
         self.seconds: dict[str, float] = {}  # where the time went, by part, since the start
@@ -106,9 +91,9 @@ class Pretrainer:
         training = self.recipe.training
         pairs = training.batch_size // (self.sampler.world_size * training.accumulation_steps)
         if pairs > 1 or self.recipe.objectives.itm.weight == 0:
-            return [*self.data.notices(), *self._notices]
+            return [*self.data.notices(), *self.sampler.notices(), *self._notices]
         alone = "ITM is left out: a rank's batch is one pair, of which there is no negative (training.batch_size)"
-        return [*self.data.notices(), *self._notices, alone]
+        return [*self.data.notices(), *self.sampler.notices(), *self._notices, alone]
 
     def step(self) -> tuple[Terms, dict[str, float]]:
         """Train on the next global batch. Collective.
@@ -123,12 +108,15 @@ class Pretrainer:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         micro_batches, heads = recipe.training.accumulation_steps, self._head_mask(schedule)
         totals: Terms = {}
-        for micro, indices in enumerate(self.sampler.indices(step, self.rank).reshape(micro_batches, -1)):
+        clock = Clock(self.seconds)
+        shares = self.sampler.indices(step, self.rank).reshape(micro_batches, -1)
+        clock.lap("sampler")
+        for micro, indices in enumerate(shares):
             clock = Clock(self.seconds)
             beat("data", step)
             batch = self.masks.add_priors(self.data.train_batch(indices, self.sampler.epoch(step))).to(self.device)
             clock.lap("data")
-            terms = self._micro_step(batch, schedule, heads, clock, micro == micro_batches - 1)
+            terms = self._micro_step(batch, schedule, heads, clock, micro)
             if terms is None:  # one bad micro-batch spoils the whole step
                 totals = {}
                 break
@@ -144,35 +132,36 @@ class Pretrainer:
         }
 
     def _micro_step(
-        self, batch: Batch, schedule: Schedule, heads: Tensor | None, clock: Clock, last: bool
+        self, batch: Batch, schedule: Schedule, heads: Tensor | None, clock: Clock, micro: int
     ) -> Terms | None:
-        recipe = self.recipe
-        rows = fusion_rows(len(batch), recipe.objectives, schedule)
-        beat("teacher's forward")
-        with self.teacher.weights(dropout=recipe.teacher.dropout) as teacher:
-            view: TeacherView = teacher(lambda m: look(m, batch, self.masks, schedule.step, rows))
-        image, text, group_id = (gather_features(x) for x in (view.image_feature, view.text_feature, batch.group_id))
-        queued = Keys(self.queue.image, self.queue.text, self.queue.group_id)  # views, until the next enqueue
-        keys = Keys(image, text, group_id, queued if schedule.queue and len(self.queue) else None)
-        clock.lap("teacher")
-        planner = self.masks.planner
-        beat("student's forward")
-        loss, terms = self.engine(lambda m: compute_losses(m, batch, view, keys, recipe, schedule, planner, heads))
-        clock.lap("student")
-        if not self.guard.accept(loss, batch.index, self.engine):
+        found = self.system.forward(self.engine, self.teacher, self.queue, batch, schedule, heads, clock)
+        self._collect(found, schedule.step, micro, clock)
+        if not self.guard.accept(found.loss, batch.index, self.engine):
             return None
         beat("backward")
-        self.engine.backward(loss)
+        self.engine.backward(found.loss)
         clock.lap("backward")
         beat("optimizer")
         self.engine.step()
         clock.lap("optimizer")
         applied = self.teacher.follow()
-        self.queue.enqueue(image, text, group_id)
+        if found.enqueue is not None:
+            self.queue.enqueue(*found.enqueue)
         clock.lap("ema")
-        if last:
+        if micro == self.recipe.training.accumulation_steps - 1:
             self.guard.stepped(applied, batch.index, self.engine)
-        return terms | _mask_measures(view, batch)
+        return found.terms | found.measures
+
+    def _collect(self, found: MicroStep, step: int, micro: int, clock: Clock) -> None:
+        """Every rank's features to a sampler that wants them: those that the queue is given, else the student's."""
+        if not self.sampler.collects:
+            return
+        if found.enqueue is not None:
+            image, text, _ = found.enqueue
+        else:
+            image, text = gather_features(found.image_feature), gather_features(found.text_feature)
+        self.sampler.collect(step, micro, image, text)
+        clock.lap("sampler")
 
     def _head_mask(self, schedule: Schedule) -> Tensor | None:
         section, fusion = self.recipe.masking.heads, self.recipe.model.fusion
@@ -202,14 +191,3 @@ class Pretrainer:
         """Undo :meth:`head_importance`: the first rank takes all of it, so that the sum over ranks is what it was."""
         first = not dist.is_initialized() or dist.get_rank() == 0
         self._fusion.restore_importance(importance.to(self.device) * float(first))
-
-
-def _mask_measures(view: TeacherView, batch: Batch) -> Terms:
-    if view.plan is None:
-        return {}
-    words = batch.maskable[: len(view.plan.text)].sum().clamp(min=1)
-    return {
-        "image_mask_ratio": view.plan.image.float().mean(),
-        "text_mask_ratio": view.plan.text.sum() / words,
-        "masked_rows": view.plan.text.any(1).float().mean(),
-    }

@@ -22,6 +22,7 @@ from ..objectives import (
     image_text_matching,
     masked_image_modelling,
     masked_language_modelling,
+    text_guided_retrieval,
 )
 from ..recipe import ObjectivesSection, Recipe
 
@@ -31,7 +32,7 @@ class Schedule:
     """What changes through a run, at one step."""
 
     distillation: float  # factor on every alpha, 0..1
-    fusion: bool  # whether ITM, MLM and MIM are on
+    fusion: bool  # whether ITM, MLM and MIM are on, or captioning and TG-MIM
     hardness: float  # of ITM's negatives, 0..1
     queue: bool  # whether ITC contrasts with the momentum queue
     patch_drop: float = 0.0  # share of the student's patches that are left out of the intact pass
@@ -41,7 +42,8 @@ class Schedule:
     def at(cls, step: int, recipe: Recipe) -> Schedule:
         progress, section = step / recipe.training.max_steps, recipe.objectives
         patch_drop = section.itc.patch_drop if progress < section.itc.patch_drop_until else 0.0
-        fusion = any(o.weight > 0 for o in (section.itm, section.mlm, section.mim)) and progress >= section.fusion_start
+        parts = (section.itm, section.mlm, section.mim, section.caption, section.tg_mim)
+        fusion = any(part.weight > 0 for part in parts) and progress >= section.fusion_start
         hardness = section.itm.hardness * _rise(progress - section.fusion_start, section.itm.hardness_ramp)
         distillation, queue = _rise(progress, section.distillation_ramp), progress >= section.itc.queue_start
         return cls(distillation, fusion, hardness, queue, patch_drop, step)
@@ -53,7 +55,7 @@ def _rise(progress: float, over: float) -> float:
 
 
 def fusion_rows(batch_size: int, section: ObjectivesSection, schedule: Schedule) -> int:
-    """How many of a rank's pairs go through the fusion encoder in this step."""
+    """How many of a rank's pairs go through the fusion encoder, or a captioner's decoders, in this step."""
     if not schedule.fusion:
         return 0
     return batch_size if section.fusion_rows is None else min(batch_size, section.fusion_rows)
@@ -109,6 +111,8 @@ def compute_losses(
     if section.itc.weight > 0:
         distillation = alpha * section.itc.distillation
         terms |= image_text_contrast(seen, view, keys, batch.group_id, student.temperature[0], distillation)
+    if section.composed.weight > 0:
+        terms |= text_guided_retrieval(model, seen, batch, student.temperature[0])
     if rows and section.itm.weight > 0 and len(batch) > 1:  # of one pair there is no negative
         terms |= image_text_matching(
             model,
@@ -156,6 +160,7 @@ def compute_losses(
         "itm": section.itm.weight,
         "mlm": section.mlm.weight,
         "mim": section.mim.weight,
+        "composed": section.composed.weight,
         "mask_network": 1.0,  # no other parameter has a gradient of it; it does count where gradients are clipped
     }
     loss = 0.0 * student.temperature.float().sum()  # a live graph even where no objective has begun

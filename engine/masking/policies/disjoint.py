@@ -29,6 +29,10 @@ class Disjoint(Policy):
 
     options: Options
 
+    @property
+    def views(self) -> int:
+        return self.options.views
+
     def __call__(self, context: MaskContext) -> MaskPlan:
         draws = context.draws.uniform("views", self.options.views, context.patches)
         times = torch.zeros_like(draws[:, 0])  # a patch has been hidden

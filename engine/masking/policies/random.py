@@ -23,12 +23,21 @@ class RandomMask(Policy):
             description="hide each word with the chance text_ratio, whatever happens to the others, as ALBEF does;"
             " else exactly that share of each caption's words",
         )
+        low_ratio: float | None = Field(
+            None, ge=0.0, le=1.0, description="also draw such a share of patches that captioning does without"
+        )
 
     options: Options
 
+    @property
+    def views(self) -> int:
+        return 1 if self.options.low_ratio is None else 2
+
     def __call__(self, context: MaskContext) -> MaskPlan:
         words = independent_words if self.options.independent_words else random_words
-        return MaskPlan(random_patches(context), words(context))
+        low = self.options.low_ratio
+        more = () if low is None else (topk_mask(context.draws.uniform("low patches", context.patches), ratio=low),)
+        return MaskPlan(random_patches(context), words(context), more_images=more)
 
 
 def random_patches(context: MaskContext, purpose: str = "random patches") -> Tensor:

@@ -1,0 +1,75 @@
+"""``crossmask caption``: what a trained captioner writes under a user's own pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from .data.pictures import read_picture
+from .errors import CheckpointError, DataError, RecipeError
+from .evaluation.generation import generate
+from .export_config import Weights
+from .exported import prepare_images
+from .model_evaluation import open_model
+from .models.captioner import CaptioningModel
+from .recipe_sections_evaluation import CaptioningSection
+
+_FIELD = re.compile(rf"\b(?:{'|'.join(CaptioningSection.model_fields)})\b")
+
+
+def _as_option(field: object) -> str:
+    """A field, or what :data:`_FIELD` found, as the command line has it."""
+    name = field[0] if isinstance(field, re.Match) else str(field)
+    return f"--{name.replace('_', '-')}"
+
+
+def caption_images(
+    folder: Path,
+    images: Sequence[Path],
+    options: dict[str, Any],
+    seed: int = 0,
+    weights: Weights | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Iterator[tuple[Path, str, float]]:
+    """Each picture with its caption and the caption's log-probability a token, in nats.
+
+    Args:
+        folder: of a run, of ``crossmask export`` or of ``crossmask convert open-clip``.
+        options: fields of :class:`CaptioningSection` to change.
+
+    Raises:
+        CheckpointError: no such model, or one that writes no captions. DataError: a picture that cannot be read.
+        RecipeError: an option that cannot be used. One line each.
+    """
+    try:
+        section = CaptioningSection.model_validate(options)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "value_error":  # fields that disagree: the message names them
+            raise RecipeError(re.sub(_FIELD, _as_option, str(first["ctx"]["error"]))) from None
+        raise RecipeError(f"{_as_option(first['loc'][0])}: {first['msg'].lower()}") from None
+    for image in images:
+        if not image.is_file():
+            raise DataError(f"{image}: no such file; give pictures such as {image.with_suffix('.png').name}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = open_model(folder, weights, device, tell)
+    model = trained.model
+    if not isinstance(model, CaptioningModel):
+        raise CheckpointError(
+            f"{folder} writes no captions: it has no text decoder (model.captioner); take one that has"
+        )
+    for start in range(0, len(images), section.batch_size):
+        paths = images[start : start + section.batch_size]
+        pixels = prepare_images([read_picture(str(path), str(path)) for path in paths], trained.config)
+        index = torch.arange(start, start + len(paths))
+        with torch.no_grad():
+            context = model.context(model.encode_image(pixels.to(device)))
+            found = generate(model, context, section, trained.tokenizer, seed, index)
+        per_token = (found.score / found.length).tolist()
+        for path, ids, value in zip(paths, found.token_ids.cpu(), per_token, strict=True):
+            yield path, trained.tokenizer.text(ids), value
