@@ -85,6 +85,9 @@ class DataSection(Section):
             raise ValueError(
                 "path is missing: source 'pairs' reads a .jsonl, .csv or .json file, or a folder; give data.path=FILE"
             )
+        scenes = SceneSection()
+        if self.source != "scenes" and (self.scenes.count, self.scenes.held_out) != (scenes.count, scenes.held_out):
+            raise ValueError("scenes.count and scenes.held_out are of source 'scenes'; remove them or set source to it")
         if self.source == "fashioniq" and self.path is None:
             raise ValueError("path is missing: source 'fashioniq' reads a folder; give data.path=FOLDER")
         return self

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 class GroupingSection(Section):
     """Batches of pairs that resemble each other, from the second epoch on (GRIT-VLP; the s-th: SyncMask)."""
 
-    search_space: int = Field(0, ge=0, description="samples that are ordered together (M, published: 1920); 0 = none")
+    search_space: int = Field(
+        0, ge=0, le=16384, description="samples that are ordered together (M, published: 1920), 8 M² bytes; 0 = none"
+    )
     similar: int = Field(3, ge=1, description="each sample is followed by the s-th most similar one that is left")
     apart: int = Field(1, ge=1, description="samples before it whose groups come last; 1: of its neighbour alone")
     lead: float = Field(0.05, ge=0.0, le=0.9, description="share of an epoch that is left when the next is ordered")

@@ -281,6 +281,29 @@ def test_an_order_is_made_beside_training_and_awaited_in_view_of_the_watchdog(
     trainer.end()
 
 
+def test_a_maker_that_hangs_does_not_look_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from crossmask.engine.data import grouping_sampler
+
+    making: Future[np.ndarray] = Future()
+    trainer, beats, waits = Trainer(tmp_path), [], []
+    trainer.take(5)
+    sampler = trainer.ranks[0]
+    sampler._orders[1] = making
+
+    def wait(futures: Any, timeout: float) -> None:
+        waits.append(len(beats))
+        if len(waits) == 3:
+            sampler._walked += 1  # it moves again
+        elif len(waits) == 5:
+            making.set_result(np.arange(SIZE))
+
+    monkeypatch.setattr(grouping_sampler, "beat", beats.append)
+    monkeypatch.setattr(grouping_sampler, "wait", wait)
+    sampler._wait(1)
+    assert waits == [1, 1, 1, 2, 2], "a beat at first, then only where a slice was begun"
+    trainer.end()
+
+
 def test_whatever_the_maker_meets_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from crossmask.engine.data import grouping_sampler
 
@@ -424,6 +447,7 @@ def test_too_little_data_is_one_line(arguments: tuple[int, int, int], error: typ
         ({"search_space": 3}, "similar (3) is not below search_space (3)"),
         ({"search_space": 40}, "search_space (40) is smaller than training.batch_size (64)"),
         ({"search_space": -1}, "greater than or equal to 0"),
+        ({"search_space": 10**6}, "less than or equal to 16384"),
         ({"search_space": 1920, "similar": 0}, "greater than or equal to 1"),
         ({"search_space": 1920, "lead": 0.95}, "less than or equal to 0.9"),
     ],

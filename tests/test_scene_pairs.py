@@ -12,6 +12,7 @@ import torch
 
 from crossmask.engine.data import Batch, load_data
 from crossmask.engine.data.scene_pairs import ScenePairs
+from crossmask.engine.errors import RecipeError
 from crossmask.engine.evaluation.evaluate import evaluate, gains
 from crossmask.engine.evaluation.gallery import write_gallery
 from crossmask.engine.models import VisionLanguageModel
@@ -202,3 +203,10 @@ def test_shipped_recipes_mask_as_published(name: str, tmp_path: Path) -> None:
         assert described.teacher.momentum == 0.995
         assert described.objectives.mlm.distillation == described.objectives.itc.distillation == 0.4
         assert (described.data.grouping.search_space, described.data.grouping.similar) == (1920, 3)
+
+
+@pytest.mark.parametrize("field", ["count", "held_out"])
+def test_what_is_of_scenes_alone_is_not_quietly_ignored(field: str) -> None:
+    with pytest.raises(RecipeError, match=r"scenes.count and scenes.held_out are of source 'scenes'"):
+        load_recipe("syncmask-emoji", [f"data.scenes.{field}=100"])
+    load_recipe("syncmask-scenes", [f"data.scenes.{field}=100"])

@@ -263,3 +263,9 @@ def test_without_the_extension_the_reference_runs_and_says_so(monkeypatch: pytes
     with pytest.raises(ValueError, match="impl='native': no compiler"):
         semi_hard_order(features, features, impl="native")
     native.announce.cache_clear()
+
+
+def test_more_than_there_is() -> None:
+    image, text = torch.randn(2, 5, 4).unbind()
+    most = semi_hard_order(image, text, None, similar=5, apart=5)
+    assert torch.equal(semi_hard_order(image, text, None, similar=10**30, apart=10**30), most)

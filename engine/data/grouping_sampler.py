@@ -111,6 +111,7 @@ class GroupedSampler(StepSampler):
         self._writes: deque[Future[None]] = deque()
         self._orders: dict[int, Future[np.ndarray]] = {}
         self._closed = False
+        self._walked = 0  # slices begun, by which rank 0 sees that its maker still moves
         self._store: FeatureStore | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._maker: ThreadPoolExecutor | None = None
@@ -257,14 +258,18 @@ class GroupedSampler(StepSampler):
     def _go_on(self) -> None:
         if self._closed:
             raise _Closed
+        self._walked += 1
 
     def _wait(self, epoch: int) -> np.ndarray:
         """The order of ``epoch``, which begins or goes on. Rank 0."""
         self._start(epoch)
         making = self._orders.pop(epoch)
         begun = time.perf_counter()
+        walked = -1
         while not making.done():  # not by result(timeout), which looks alike where the maker itself met a TimeoutError
-            beat(f"making the order of epoch {epoch}")
+            if walked != self._walked:  # a maker that hangs, on a dead disk say, must not look alive
+                walked = self._walked
+                beat(f"making the order of epoch {epoch}")
             wait([making], timeout=1.0)
         order = making.result()
         stored = self.files.load(epoch)

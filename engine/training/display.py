@@ -23,7 +23,10 @@ from rich.text import Text
 LINE_EVERY_S = 10.0  # seconds between plain lines where stdout is not a terminal
 REFRESH_PER_S = 4
 CELL = 11  # columns of one number
-LOSSES = {"loss": "total", "itc": "itc", "itm": "itm", "mlm": "mlm", "mim": "mim", "caption": "ic", "tg_mim": "tg-mim"}
+LOSSES = {
+    "loss": "total", "itc": "itc", "itm": "itm", "mlm": "mlm", "mim": "mim", "caption": "ic", "tg_mim": "tg-mim",
+    "composed": "composed",
+}  # fmt: skip
 FUSION_LOSSES, CAPTIONER_LOSSES = frozenset(("itm", "mlm", "mim")), frozenset(("caption", "tg_mim"))
 
 _QUIET_ENVIRONMENT = {
@@ -205,6 +208,7 @@ class TrainingDisplay:
         assert self._progress is not None
         v = self._values
         absent = FUSION_LOSSES if v.keys() & CAPTIONER_LOSSES else CAPTIONER_LOSSES  # of the other family of models
+        absent |= FUSION_LOSSES - v.keys() if "composed" in v else {"composed"}  # a row has room for six
         shown = {name: label for name, label in LOSSES.items() if name not in absent}
         losses = [(label, _number(v.get(name)), "bold") for name, label in shown.items()]
         losses.append(("samples/s", _number(v.get("samples_per_s"), "{:,.0f}"), ""))

@@ -69,6 +69,7 @@ def semi_hard_order(
         native.announce("semi_hard_order", "cpu")
     similarity = similarities(image_features.detach(), text_features.detach())
     groups = None if groups is None else groups.cpu().contiguous()
+    similar, apart = (min(number, len(similarity)) for number in (similar, apart))  # more is no more: int64 holds it
     walk = op.WALK if chosen == "native" else reference.walk
     order: Tensor = walk(similarity, groups, similar, start, apart)
     if not torch.equal(order.sort().values, torch.arange(len(similarity))):
