@@ -334,7 +334,7 @@ def test_bfloat16_keeps_features_in_float32(stem: str) -> None:
 
 @pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("bf16", False), ("autocast", False)])
 def test_half_precision_on_a_cpu_does_without_fused_attention(precision: str, fused: bool) -> None:
-    """Whose backward has no half-precision products there: at ALBEF-base a tenth of a step under autocast."""
+    """Whose backward has no half-precision products there."""
     tower = build().image.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     images = torch.randn(2, 3, 16, 16, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
