@@ -1,4 +1,4 @@
-"""What synchronised masks cost: a rank's training step of the CPU recipe with them against one with random masks.
+"""What masks by attention cost: a rank's training step of a CPU recipe with them against one with random masks.
 
     python benchmarks/bench_masking_step.py [--recipe syncmask-emoji] [--rounds 40] [--threads 1] [--json F]
 
@@ -9,8 +9,13 @@ the round, and ratios are taken within the round, so that what else the machine 
 median ratio, its quartiles over rounds, and an interval of the median by resampling rounds; of the time on the clock,
 and of the processor's time alone, which other programs on the machine do not add to. About two minutes.
 
-``no labels`` are the same steps without distillation of words: random masks then need no pass of the teacher through
-the fusion encoder at all, synchronised ones do.
+Of a SyncMask recipe: synchronised masks, by the fusion layer and by a block of their own. ``no labels`` are the same
+steps without distillation of words: random masks then need no pass of the teacher through the fusion encoder at all,
+synchronised ones do.
+
+Of a SyCoCa recipe (``--recipe sycoca-emoji``): what becomes of the patches that the captions are written without.
+``keep`` is a step in which they are read like the others; ``drop`` leaves them out of what the decoder reads of the
+image's own pass, ``encode`` encodes the image once more without them.
 """
 
 from __future__ import annotations
@@ -37,14 +42,33 @@ from crossmask.engine.training.pretrainer import Pretrainer
 
 RANDOM, SYNC = "random", "synchronised"
 TWO, NO_LABELS = "synchronised, two blocks", "no labels"
-SIDES: dict[str, tuple[str, ...]] = {
+Sides = dict[str, tuple[str, ...]]
+Pairs = tuple[tuple[str, str, float | None], ...]  # a side, the one it is divided by, and what the ratio may be
+FUSION: Sides = {
     RANDOM: ("masking.policy=random", "masking.options={}"),
     SYNC: ("masking.policy=syncmask", "masking.options={}"),
     TWO: ("masking.policy=syncmask", "masking.options={direction: two_blocks}"),
     f"{RANDOM}, {NO_LABELS}": ("masking.policy=random", "masking.options={}", "objectives.mlm.distillation=0"),
     f"{SYNC}, {NO_LABELS}": ("masking.policy=syncmask", "masking.options={}", "objectives.mlm.distillation=0"),
 }
-PAIRS = ((SYNC, RANDOM, 1.08), (TWO, RANDOM, None), (f"{SYNC}, {NO_LABELS}", f"{RANDOM}, {NO_LABELS}", None))
+FUSION_PAIRS: Pairs = (
+    (SYNC, RANDOM, 1.08),
+    (TWO, RANDOM, None),
+    (f"{SYNC}, {NO_LABELS}", f"{RANDOM}, {NO_LABELS}", None),
+)
+RANDOM_BOTH = ("masking.policy=random", "masking.options={low_ratio: 0.5}")
+CAPTIONER: Sides = {
+    "keep": ("objectives.caption.low_patches=keep",),
+    "drop": ("objectives.caption.low_patches=drop",),
+    "encode": ("objectives.caption.low_patches=encode",),
+    "drop, random": ("objectives.caption.low_patches=drop", *RANDOM_BOTH),
+}
+CAPTIONER_PAIRS: Pairs = (
+    ("drop", "keep", None),
+    ("encode", "keep", None),
+    ("encode", "drop", None),
+    ("drop", "drop, random", None),
+)
 STEPS = ("objectives.fusion_start=0", "objectives.distillation_ramp=0", "objectives.itc.queue_start=0")
 console = Console(width=120)
 
@@ -52,7 +76,8 @@ console = Console(width=120)
 def build(recipe: str, overrides: tuple[str, ...], data: PairData) -> Pretrainer:
     whole = load_recipe(recipe)
     share = whole.training.batch_size // whole.training.cpu_ranks // whole.training.accumulation_steps
-    fixed = (*STEPS, f"training.batch_size={share}", "training.accumulation_steps=1")
+    steps = () if whole.model.captioner is not None else STEPS
+    fixed = (*steps, f"training.batch_size={share}", "training.accumulation_steps=1")
     described = load_recipe(recipe, [*fixed, *overrides])
     world = init_distributed()
     return Pretrainer(described, data, 0, 1, world.device)
@@ -71,14 +96,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--warm-up", type=int, default=4, help="rounds that are not counted")
     parser.add_argument("--threads", type=int, default=1, help="of a rank")
-    parser.add_argument("--only", nargs="+", choices=list(SIDES), help="these sides alone")
+    parser.add_argument("--only", nargs="+", choices=[*FUSION, *CAPTIONER], help="these sides alone")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     torch.set_num_threads(arguments.threads)
     random.seed(0)
-    data = load_data(load_recipe(arguments.recipe))
-    sides = {name: build(arguments.recipe, SIDES[name], data) for name in arguments.only or SIDES}
+    recipe = load_recipe(arguments.recipe)
+    data = load_data(recipe)
+    described, pairs = (FUSION, FUSION_PAIRS) if recipe.model.captioner is None else (CAPTIONER, CAPTIONER_PAIRS)
+    sides = {name: build(arguments.recipe, described[name], data) for name in arguments.only or described}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     busy: dict[str, list[float]] = {name: [] for name in sides}
     parts: dict[str, dict[str, float]] = {}
@@ -104,8 +131,8 @@ def main() -> None:
         table.add_row(name, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f} .. {1e3 * high:.1f}", *shares)
     console.print(table)
     told |= {"seconds": clocks, "parts": parts, "ratios": []}
-    table = Table("", "time", "× random", "quartiles", "95 % of medians", "at most")
-    for name, base, limit in PAIRS:
+    table = Table("", "time", "ratio", "quartiles", "95 % of medians", "at most")
+    for name, base, limit in pairs:
         for clock, of_sides in clocks.items():
             if name not in of_sides or base not in of_sides:
                 continue

@@ -19,6 +19,8 @@ from .model_evaluation import open_model
 from .models.captioner import CaptioningModel
 from .recipe_sections_evaluation import CaptioningSection
 
+MAX_BEAMS = 64  # each costs as much as one more picture
+_ROWS = 192  # beginnings that are read at once: what the section's own batch and beams come to
 _FIELD = re.compile(rf"\b(?:{'|'.join(CaptioningSection.model_fields)})\b")
 
 
@@ -53,9 +55,12 @@ def caption_images(
         if first["type"] == "value_error":  # fields that disagree: the message names them
             raise RecipeError(re.sub(_FIELD, _as_option, str(first["ctx"]["error"]))) from None
         raise RecipeError(f"{_as_option(first['loc'][0])}: {first['msg'].lower()}") from None
+    if section.beams > MAX_BEAMS:
+        raise RecipeError(f"--beams {section.beams}: a search keeps at most {MAX_BEAMS}; give {MAX_BEAMS} or fewer")
     for image in images:
         if not image.is_file():
-            raise DataError(f"{image}: no such file; give pictures such as {image.with_suffix('.png').name}")
+            what = "it is a folder; name the pictures in it" if image.is_dir() else "no such file; correct its name"
+            raise DataError(f"{image}: {what}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = open_model(folder, weights, device, tell)
     model = trained.model
@@ -63,12 +68,16 @@ def caption_images(
         raise CheckpointError(
             f"{folder} writes no captions: it has no text decoder (model.captioner); take one that has"
         )
-    for start in range(0, len(images), section.batch_size):
-        paths = images[start : start + section.batch_size]
-        pixels = prepare_images([read_picture(str(path), str(path)) for path in paths], trained.config)
+    longest = model.text.max_length - 1  # [CLS] has a place as well
+    if section.max_tokens is not None and section.max_tokens > longest:
+        tell(f"--max-tokens {section.max_tokens}: this model's longest caption has {longest} tokens, which are taken")
+    at_once = max(1, min(section.batch_size, _ROWS // section.beams))
+    for start in range(0, len(images), at_once):
+        paths = images[start : start + at_once]
+        pixels = prepare_images([read_picture(str(path)) for path in paths], trained.config)
         index = torch.arange(start, start + len(paths))
         with torch.no_grad():
-            context = model.context(model.encode_image(pixels.to(device)))
+            context = model.context(model.encode_image(pixels.to(device), feature=False))
             found = generate(model, context, section, trained.tokenizer, seed, index)
         per_token = (found.score / found.length).tolist()
         for path, ids, value in zip(paths, found.token_ids.cpu(), per_token, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -160,13 +161,13 @@ def open_clip(
 def caption(
     model: Annotated[Path, typer.Argument(help="A run folder, or a folder of crossmask export or crossmask convert.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Pictures.")],
-    beams: Annotated[int, typer.Option(min=1, help="Beginnings that the search keeps; 1 = greedy.")] = 3,
+    beams: Annotated[int, typer.Option(min=1, help="Beginnings that the search keeps, 64 at most; 1 = greedy.")] = 3,
     top_p: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(metavar="P", help="Draw each token from the likeliest that have this probability together."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of --top-p.")] = 1.0,
-    max_tokens: Annotated[Optional[int], typer.Option(min=2, help="The longest caption.")] = None,  # noqa: UP045
+    max_tokens: Annotated[Optional[int], typer.Option(min=2, help="The longest, at most the model's.")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(min=0, help="Of --top-p.")] = 0,
     teacher: Annotated[
         Optional[bool],  # noqa: UP045
@@ -186,7 +187,7 @@ def caption(
         typer.echo(line, err=True)
 
     for path, text, value in caption_images(model, images, options, seed, chosen, tell):  # type: ignore[arg-type]
-        typer.echo(f"{path}\t{text}\t{value:.3f}")
+        typer.echo(os.fsencode(f"{path}\t{text}\t{value:.3f}"))  # bytes: a file's name need not be UTF-8
 
 
 @app.command(short_help="Measure a trained model's retrieval on a recipe's pairs.")

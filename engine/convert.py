@@ -8,28 +8,33 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .atomic import flush
 from .beats import beat
-from .data import CaptionTokenizer
+from .conversion import (
+    Tell,
+    dtype_name,
+    open_vocabulary,
+    refuse_existing,
+    refuse_other_layouts,
+    replacing,
+    tell_of_odd_numbers,
+)
 from .errors import CheckpointError
-from .export_config import DTYPES, ExportConfig, pixel_fields, version, with_parameters
+from .export_config import ExportConfig, pixel_fields, version, with_parameters
 from .exported import refuse_occupied, save_exported
 from .models.albef_layout import STUDENT, AlbefFile, AlbefLayout, Ours, fresh, twin
 from .models.albef_recognition import HEAD_WIDTH, recognise
 from .models.positions import resize_table
 from .models.weight_files import read_state_dict
 from .recipe import ModelSection, ObjectivesSection
-from .training.stored import StoredModel, read_stored
+from .training.stored import StoredModel, read_section, read_stored
 
-Tell = Callable[[str], None]
 POSITIONS = "visual_encoder.pos_embed"
 CAPTION_WORDS = 30  # that ALBEF reads at most
 BERT_MASK_ID = 103  # of [MASK] in bert-base-uncased, where no vocabulary says it
@@ -77,19 +82,10 @@ def _read_checkpoint(
         tables = {name: resize_table(state[name], side) for name in (POSITIONS, twin(POSITIONS)) if name in state}
         state = {**state, **tables}
         layout = recognise(state, str(source))
-    tokenizer = None
-    if vocabulary is not None:
-        tokenizer = CaptionTokenizer.from_vocabulary(vocabulary)
-        if tokenizer.vocabulary_size != layout.vocabulary_size:
-            raise CheckpointError(
-                f"--vocabulary {vocabulary} has {tokenizer.vocabulary_size:,} words and {source} "
-                f"{layout.vocabulary_size:,}; give the vocab.txt that it was trained with"
-            )
+    tokenizer = open_vocabulary(vocabulary, layout.vocabulary_size, source)
     ours = layout.to_ours(state)
     dtype = ours.student["temperature"].dtype
-    names = [name for name, known in DTYPES.items() if known is dtype]
-    if not names:
-        raise CheckpointError(f"{source} is in {str(dtype).removeprefix('torch.')}; give it in float32")
+    named = dtype_name(dtype, source)
     objectives = ObjectivesSection.model_validate({"itc": {"queue_length": layout.queue_length}})
     added = fresh(layout, objectives, dtype)
     teacher = ours.teacher
@@ -100,7 +96,7 @@ def _read_checkpoint(
         crossmask=version(),
         recipe=source.name,
         weights="student",
-        dtype=names[0],
+        dtype=named,
         step=0,
         parameters=1,
         vocabulary_size=layout.vocabulary_size,
@@ -115,8 +111,7 @@ def _read_checkpoint(
     )
     config = with_parameters(config)
     tell(f"new, {source.name} has none: {_groups(added)}")
-    if odd := [name for name, x in state.items() if x.is_floating_point() and not bool(x.isfinite().all())]:
-        tell(f"infinite or no numbers, with which no run can start: {', '.join(odd[:3])}{', …' * (len(odd) > 3)}")
+    tell_of_odd_numbers(state, tell)
     if tokenizer is None:
         tell("without a vocabulary it cannot read captions: convert again with --vocabulary vocab.txt for that")
     save_exported(target, ours.student | added, config, tokenizer, force, teacher=teacher, queue=ours.queue)
@@ -135,40 +130,29 @@ def _write_checkpoint(
 ) -> str:
     if target.suffix not in ENDINGS:
         raise CheckpointError(f"{target}: a folder becomes a checkpoint; give it a name that ends in .pth")
-    if target.is_dir() or (target.exists() and not force):
-        how = "choose another name" if target.is_dir() else "replace it with --force, or choose another name"
-        raise CheckpointError(f"{target} is there already; {how}")
+    refuse_existing(target, force=force)
     if vocabulary is not None:
         raise CheckpointError("--vocabulary is for a checkpoint that becomes a folder: ALBEF's has none; leave it out")
+    refuse_other_layouts(source, "ALBEF's", _compared(read_section(source)))
     stored = read_stored(source, tell)
-    _refuse_other_layouts(stored.config, source)
     layout, ours = _layout_of(stored, tell)
     if image_size is not None:
         layout, ours = _resized(layout, ours, _patches(image_size, layout.section))
     state = layout.to_official(ours)
     if left := [name for name in ours.student if not _has_place(layout, name)]:
         tell(f"left out, ALBEF's layout has no place for it: {_groups(left)}")
-    part = target.with_name(f"{target.name}.part")
     beat("writing the checkpoint")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as part:
         torch.save({"model": state}, part)
-        flush(part)
-        os.replace(part, target)
-        flush(target.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{target} cannot be written: {reason}; make room, or choose another name") from None
-    finally:
-        if part.is_file():
-            part.unlink()
     return f"{target}: {len(state)} tensors in ALBEF's layout, {_shape(layout)}, {target.stat().st_size / 1e6:,.1f} MB"
 
 
-def _refuse_other_layouts(config: ExportConfig, source: Path) -> None:
-    """CheckpointError names the first field in which a model is not ALBEF's."""
-    model = config.model
-    wanted: dict[str, tuple[Any, Any]] = {
+def _compared(model: ModelSection) -> dict[str, tuple[Any, Any]]:
+    """Fields that the layout fixes: a model's own value and what it is there."""
+    depth, multiple = model.text.depth, f"a multiple of {HEAD_WIDTH}"
+    widths = {f"model.{name}.width": getattr(model, name).width for name in ("image", "text")}
+    return {
+        "model.captioner": ("set" if model.captioner else None, None),
         "model.fusion.norm": (model.fusion.norm, "post"),
         "model.image.stem": (model.image.stem, "patch"),
         "model.pool": (model.pool, "cls"),
@@ -177,16 +161,9 @@ def _refuse_other_layouts(config: ExportConfig, source: Path) -> None:
         "model.text.heads": (model.text.heads, model.text.width // HEAD_WIDTH),
         "model.fusion.heads": (model.fusion.heads, model.text.width // HEAD_WIDTH),
         "model.fusion.mlp_ratio": (model.fusion.mlp_ratio, model.text.mlp_ratio),
-        "model.text.depth": (min(model.text.depth, 1), 1),
-        "model.image.width": (model.image.width % HEAD_WIDTH, 0),
-        "model.text.width": (model.text.width % HEAD_WIDTH, 0),
+        "model.text.depth": (depth, depth or "1 or more"),
+        **{name: (width, multiple if width % HEAD_WIDTH else width) for name, width in widths.items()},
     }
-    for name, (own, theirs) in wanted.items():
-        if own != theirs:
-            if name.endswith("width"):
-                own, theirs = getattr(model, name.split(".")[1]).width, f"a multiple of {HEAD_WIDTH}"
-            own, theirs = (str(value).lower() if isinstance(value, bool) else value for value in (own, theirs))
-            raise CheckpointError(f"{source} is not of ALBEF's layout: {name} is {own}, there it is {theirs}")
 
 
 def _layout_of(stored: StoredModel, tell: Tell) -> tuple[AlbefLayout, Ours]:

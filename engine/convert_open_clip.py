@@ -10,8 +10,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic import flush, replace_file
 from .beats import beat
-from .data import CaptionTokenizer
+from .conversion import (
+    Tell,
+    dtype_name,
+    open_vocabulary,
+    refuse_existing,
+    refuse_other_layouts,
+    replacing,
+    tell_of_odd_numbers,
+)
 from .errors import CheckpointError
-from .export_config import DTYPES, ExportConfig, pixel_fields, version, with_parameters
+from .export_config import ExportConfig, pixel_fields, version, with_parameters
 from .exported import refuse_occupied, save_exported
 from .models.albef_layout import STUDENT
 from .models.open_clip_layout import DECODER_RATIO, SCALE, OpenClipFile, OpenClipLayout
 from .models.open_clip_recognition import recognise
 from .models.weight_files import read_state_dict
 from .recipe import ModelSection, ObjectivesSection
-from .training.stored import StoredModel, read_stored
+from .training.stored import StoredModel, read_section, read_stored
 
-Tell = Callable[[str], None]
 ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 PARALLEL = "module."  # that DistributedDataParallel puts before a name
 MASKS = ("text.attn_mask", "text_decoder.attn_mask")  # constants that older versions saved
@@ -82,19 +87,9 @@ def _read_state_dict(
         state = {name.removeprefix(PARALLEL): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if name not in MASKS}
     layout = recognise(state, _read_config(config), str(source))
-    tokenizer = None
-    if vocabulary is not None:
-        tokenizer = CaptionTokenizer.from_vocabulary(vocabulary)
-        if tokenizer.vocabulary_size != layout.vocabulary_size:
-            raise CheckpointError(
-                f"--vocabulary {vocabulary} has {tokenizer.vocabulary_size:,} tokens and {source} "
-                f"{layout.vocabulary_size:,}; give the one that it was trained with"
-            )
+    tokenizer = open_vocabulary(vocabulary, layout.vocabulary_size, source)
     student = layout.to_ours(state)
     dtype = student["temperature"].dtype
-    names = [name for name, known in DTYPES.items() if known is dtype]
-    if not names:
-        raise CheckpointError(f"{source} is in {str(dtype).removeprefix('torch.')}; give it in float32")
     student[MASK_TOKEN] = _mask_token(layout.section, dtype)
     positions = layout.section.text.positions
     assert positions is not None
@@ -102,7 +97,7 @@ def _read_state_dict(
         crossmask=version(),
         recipe=source.name,
         weights="student",
-        dtype=names[0],
+        dtype=dtype_name(dtype, source),
         step=0,
         parameters=1,
         vocabulary_size=layout.vocabulary_size,
@@ -121,8 +116,7 @@ def _read_state_dict(
     if config is None:
         tell("heads are taken to be those of open_clip's own CoCas; where they are not, give --config")
     tell(f"new, {source.name} has none: image.mask_token; an image decoder is added where a run trains one")
-    if odd := [name for name, x in state.items() if not bool(x.isfinite().all())]:
-        tell(f"infinite or no numbers, with which no run can start: {', '.join(odd[:3])}{', …' * (len(odd) > 3)}")
+    tell_of_odd_numbers(state, tell)
     if tokenizer is None:
         tell(
             "without a vocabulary it can neither read captions nor write them: convert again with "
@@ -162,12 +156,9 @@ def _write_state_dict(source: Path, target: Path, force: bool, tell: Tell) -> st
             f"{target}: a folder becomes a state dict; give it a name that ends in .pt or .safetensors"
         )
     beside = target.with_suffix(".json")
-    for path in (target, beside):
-        if path.is_dir() or (path.exists() and not force):
-            how = "choose another name" if path.is_dir() else "replace it with --force, or choose another name"
-            raise CheckpointError(f"{path} is there already; {how}")
+    refuse_existing(target, beside, force=force)
+    refuse_other_layouts(source, "open_clip's", _compared(read_section(source), source))
     stored = read_stored(source, tell)
-    _refuse_other_layouts(stored.config.model, source)
     student = _student_of(stored, tell)
     positions = student[f"{STUDENT}text.position_embeddings"].shape[0] - 1
     text = stored.config.model.text.model_copy(update={"positions": positions})
@@ -181,54 +172,41 @@ def _write_state_dict(source: Path, target: Path, force: bool, tell: Tell) -> st
     assert section.captioner is not None
     if section.captioner.cls_mask == "words":
         tell("model.captioner.cls_mask is words: open_clip's [CLS] sees padding as well, so features of texts differ")
-    part = target.with_name(f"{target.name}.part")
     beat("writing the state dict")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as part:
         if target.suffix == ".safetensors":
             save_file(state, part, metadata={"format": "pt"})
         else:
             torch.save(state, part)
-        flush(part)
-        os.replace(part, target)
-        replace_file(beside, json.dumps(layout.describe(), indent=1) + "\n")
-        flush(target.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{target} cannot be written: {reason}; make room, or choose another name") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(beside) as part:
+        part.write_text(json.dumps(layout.describe(), indent=1) + "\n", encoding="utf-8")
     return (
         f"{target} and {beside.name}: {len(state)} tensors in open_clip's layout, {_shape(layout)}, "
         f"{target.stat().st_size / 1e6:,.1f} MB"
     )
 
 
-def _refuse_other_layouts(model: ModelSection, source: Path) -> None:
-    """CheckpointError names the first field in which a model is not of open_clip's layout."""
+def _compared(model: ModelSection, source: Path) -> dict[str, tuple[Any, Any]]:
+    """Fields that the layout fixes: a model's own value and what it is there. CheckpointError: it is no captioner."""
     captioner = model.captioner
     if captioner is None:
-        raise CheckpointError(f"{source} is no captioner, so not of CoCa's layout: it has no model.captioner")
-    pooler = captioner.pooler
+        raise CheckpointError(
+            f"{source} is no captioner, so not of CoCa's layout: it has no model.captioner; give a model that has, such"
+            " as one of the recipe sycoca"
+        )
+    pooler, width = captioner.pooler, model.text.width
     context = model.image.width if pooler is None else model.projection_width
-    wanted: dict[str, tuple[Any, Any]] = {
+    same_ratio = int(captioner.mlp_ratio * width) == int(DECODER_RATIO * width)
+    return {
         "model.pool": (model.pool, "cls"),
         "model.image.stem": (model.image.stem, "patch"),
         "model.captioner.norm_pre": (captioner.norm_pre, True),
         "model.captioner.qk_norm": (captioner.qk_norm, False),
         "model.captioner.pooler.kind": (pooler.kind if pooler else "single", "single"),
-        "model.captioner.mlp_ratio": (
-            int(captioner.mlp_ratio * model.text.width),
-            int(DECODER_RATIO * model.text.width),
-        ),
-        "model.text.width": (model.text.width, context),
+        "model.captioner.mlp_ratio": (captioner.mlp_ratio, captioner.mlp_ratio if same_ratio else DECODER_RATIO),
+        "model.text.width": (width, context),
+        "model.text.depth": (model.text.depth, model.text.depth or "1 or more"),  # open_clip cannot build a tower of 0
     }
-    for name, (own, theirs) in wanted.items():
-        if own != theirs:
-            if name.endswith("mlp_ratio"):
-                own, theirs = captioner.mlp_ratio, DECODER_RATIO
-            own, theirs = (str(value).lower() if isinstance(value, bool) else value for value in (own, theirs))
-            raise CheckpointError(f"{source} is not of open_clip's layout: {name} is {own}, there it is {theirs}")
 
 
 def _student_of(stored: StoredModel, tell: Tell) -> dict[str, Tensor]:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from .data import NORMALISATIONS
 from .data.captions import token_limit
+from .data.classes import Classes
 from .errors import CheckpointError
 from .masking import policies
 from .models import PretrainingModel, VisionLanguageModel, build_word_reader
 from .models.albef_layout import AlbefFile
 from .models.captioner import CaptioningModel
 from .models.captioner_student import CaptioningStudent
+from .models.classifier import read_classes
 from .models.open_clip_layout import OpenClipFile
 from .recipe import MaskingSection, ModelSection, ObjectivesSection, Recipe, Section
 
@@ -64,6 +66,7 @@ class ExportConfig(Section):
     mask_network: MaskNetwork | None = None
     hidden_patches: Literal["token", "drop"] = Field(description="what the student's patch decoder was built for")
     word_reader: bool = Field(False, description="whether it has a block in which patches read the words")
+    classes: Classes | None = Field(None, description="what its classifier tells apart, in the order of its outputs")
     objectives: ObjectivesSection = Field(description="likewise, and the temperature that training began with")
     albef: AlbefFile | None = Field(None, description="of a converted checkpoint: what its file had")
     open_clip: OpenClipFile | None = Field(None, description="of a converted CoCa of open_clip, likewise")
@@ -124,9 +127,17 @@ def describe_export(
         mask_network=network,
         hidden_patches=recipe.masking.hidden_patches,
         word_reader=any(name.startswith(f"{prefix}word_reader.") for name in tensors),
+        classes=_classes(tensors.get(f"{prefix}classifier.names"), weights),
         objectives=recipe.objectives,
     )
     return with_parameters(config)
+
+
+def _classes(names: Tensor | None, weights: Weights) -> Classes | None:
+    try:
+        return None if names is None else read_classes(names)
+    except (ValueError, TypeError):
+        raise CheckpointError(f"the {weights}'s classifier.names are no names of classes") from None
 
 
 def with_parameters(config: ExportConfig) -> ExportConfig:
@@ -191,5 +202,15 @@ def build_model(config: ExportConfig) -> Model:
     masking = MaskingSection(hidden_patches=config.hidden_patches, options={"direction": direction})
     if config.weights == "teacher":
         reader = build_word_reader(config.model, masking)
-        return VisionLanguageModel(config.model, *sizes, mask_network=network, word_reader=reader, **specials)
-    return PretrainingModel(config.model, config.objectives, *sizes, masking=masking, mask_network=network, **specials)
+        return VisionLanguageModel(
+            config.model, *sizes, mask_network=network, word_reader=reader, classes=config.classes, **specials
+        )
+    return PretrainingModel(
+        config.model,
+        config.objectives,
+        *sizes,
+        masking=masking,
+        mask_network=network,
+        classes=config.classes,
+        **specials,
+    )

@@ -22,6 +22,7 @@ from .errors import CheckpointError, RecipeError
 from .evaluation import describe_machine, print_summary, read_metrics
 from .evaluation.captioner import prompts_of
 from .evaluation.evaluate import frozen, further, retrieval
+from .evaluation.recognition import classifier_missing
 from .export_config import CONFIG, ExportConfig, Weights, build_model, read_config
 from .exported import MODEL, TOKENIZER, load_exported, read_tensors
 from .recipe import Recipe
@@ -168,7 +169,8 @@ def _open_data(recipe: Recipe, trained: Trained) -> tuple[PairData, list[str]]:
     section = asked.model_copy(
         update={"max_words": words, "max_tokens": tokens, "normalisation": config.normalisation, "vocabulary": None}
     )
-    probed = True if recipe.evaluation.recognition else None  # probes are fitted on what is trained on
+    # probes are fitted on what is trained on, and the majority class of a classifier is that of the training set
+    probed = True if recipe.evaluation.recognition or recipe.objectives.recognition.weight > 0 else None
     read = recipe.model_copy(update={"data": section, "model": config.model})
     data = load_data(read, trained.tokenizer, training=probed)
     if not data.splits and not data.composed:
@@ -177,6 +179,8 @@ def _open_data(recipe: Recipe, trained: Trained) -> tuple[PairData, list[str]]:
             " or give data.validation_path"
         )
     notices = []
+    if recipe.objectives.recognition.weight > 0 and (why := classifier_missing(trained.model, data, recipe)):
+        notices.append(f"objectives.recognition: {why}")
     paths = {path.resolve() for path in (asked.path, trained.trained_on) if path is not None}
     if ALL in data.splits and trained.trained_on is not None and len(paths) == 1:
         notices.append(f"the run was trained on pairs of {asked.path}: these recalls do not speak of new images")

@@ -5,7 +5,6 @@ The training itself is a stand-in, but for one test at the end.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -22,9 +21,7 @@ from PIL import Image
 from crossmask.engine import cli
 from crossmask.engine.ablation import Ablation, ablate, load_ablation, running, shipped_ablations
 from crossmask.engine.ablation.plan import PlannedRun, Start, choose, plan_runs
-from crossmask.engine.ablation.results import collect, difference, look_up, summarise
 from crossmask.engine.ablation.running import run_all
-from crossmask.engine.ablation.writing import picture, rows, table
 from crossmask.engine.errors import CheckpointError, RecipeError, UserError
 from crossmask.engine.recipe_files import dump_recipe, load_recipe
 from crossmask.engine.training.run_lock import run_lock
@@ -416,122 +413,7 @@ def test_mistakes_on_the_command_line(
     assert sorted(os.listdir()) == before
 
 
-# Results
-
-
-def test_look_up() -> None:
-    evaluation = {
-        "splits": {"a": {"i2t": {"r1": 1, "r5": 4.0, "n": 7}}, "b": {"i2t": {"r1": 3.0}, "x": None}},
-        "ok": True,
-    }
-    assert look_up(evaluation, "splits.a.i2t.r1") == 1.0
-    assert look_up(evaluation, "splits.*.i2t.r1") == 2.0
-    assert look_up(evaluation, "splits.a.i2t.r*") == 2.5
-    assert look_up(evaluation, "splits.b.i2t") is None
-    assert look_up(evaluation, "splits.b.x.r1") is None
-    assert look_up(evaluation, "ok") is None
-    assert look_up({"a": {"x": float("nan")}, "b": {"x": 1.0}}, "*.x") is None
-
-
-def test_mean_spread_and_difference_by_hand() -> None:
-    found = summarise([2.0, None, 4.0, 9.0])
-    assert found is not None
-    assert (found.mean, found.count) == (5.0, 3)
-    assert found.deviation == pytest.approx((26 / 2) ** 0.5)
-    assert summarise([3.0]).deviation is None  # type: ignore[union-attr]
-    assert summarise([None]) is None
-    paired = difference({0: 5.0, 1: 7.0, 2: 100.0}, {0: 4.0, 1: 4.0})
-    assert paired is not None
-    assert (paired.mean, paired.count) == (2.0, 2)
-    assert paired.deviation == pytest.approx(2**0.5)
-    assert difference({0: 1.0}, {1: 1.0}) is None
-
-
-@pytest.fixture
-def filled(folder: Path) -> Ablation:
-    """plain: TR 10, 14; taught: 13, 15 and a third seed; tuned: one seed; the losses alike."""
-    ablation = load_ablation("toy.yaml")
-    machine = {"summary": "4 CPU cores (Abacus | 9)", "ranks": 2, "versions": {"python": "3.11.4", "torch": "2.14.1"}}
-    for seed, numbers in enumerate((((10, 0.6), (13, 0.55), (20, 0.5)), ((14, 0.7), (15, 0.6), None))):
-        for run, found in zip(plan_runs(ablation, folder / "out", [seed]), numbers, strict=True):
-            if found:
-                write_run(run, machine=machine, minutes=2.0 + seed, **measured(*found))
-    taught = plan_runs(ablation, folder / "out", [2])[1]
-    write_run(taught, machine=machine, **measured(50, 0.1))
-    (taught.folder / "ablation.json").write_text('{"commit": "abc123"}')
-    return ablation
-
-
-def test_the_table_by_hand(filled: Ablation, folder: Path) -> None:
-    results, lost = collect(filled, folder / "out")
-    assert not lost
-    text = table(filled, results)
-    lines = text.splitlines()
-    assert lines[0] == "# toy"
-    assert lines[2] == "| variant | seeds | TR R@1 ↑ | ITM loss ↓ | s per run |"
-    assert lines[4] == "| plain | 2 | 12.0 ± 2.8 | 0.650 ± 0.071 | 150 ± 42 |"
-    # of 13, 15 and 50 the mean is 26; of the seeds that both have, 3 and 1 more than plain
-    taught = "| with a teacher | 3 | 26.0 ± 20.8 (+2.0 ± 1.4) | 0.417 ± 0.275 (-0.075 ± 0.035) | 140 ± 35 |"
-    assert lines[5] == taught
-    assert lines[6] == "| tuned | 1 | 20.0 (+7.0) | 0.500 (-0.050) | 120 |"
-    assert "Not all runs are finished." in text
-    assert "Fewer than 3 seeds" in text
-    assert "Machine: 4 CPU cores (Abacus | 9), 2 ranks. python 3.11.4, torch 2.14.1. Commit: abc123 / unknown." in text
-    assert "TR R@1 = `splits.*.i2t.r1`" in text
-    assert "| plain | small | – | – | 20 | `objectives.itc.distillation=0` |" in text
-    assert "| tuned | fine | with a teacher | with a teacher | 10 | – |" in text
-
-
-def test_what_all_variants_share_is_said_once(filled: Ablation, folder: Path) -> None:
-    results, _ = collect(filled, folder / "out")
-    text = table(filled.overridden(["optimizer.lr=1e-3"]), results)
-    assert "All variants: `optimizer.lr=1e-3`\n\n| variant | recipe" in text
-    assert "| plain | small | – | – | 20 | `objectives.itc.distillation=0` |" in text
-    assert "All variants" not in table(filled, results)
-
-
-def test_differences_to_the_first_row_or_a_named_one(filled: Ablation, folder: Path) -> None:
-    first = filled.model_copy(update={"compare": "first"})
-    results, _ = collect(first, folder / "out")
-    assert "| tuned | 1 | 20.0 (+10.0) |" in table(first, results)
-    plain, taught, tuned = filled.variants
-    named = filled.model_copy(update={"variants": [plain.model_copy(update={"against": "taught"}), taught, tuned]})
-    assert "| plain | 2 | 12.0 ± 2.8 (-2.0 ± 1.4) |" in table(named, results)
-    bars = filled.model_copy(update={"variants": [plain.model_copy(update={"title": "a|b"}), taught, tuned]})
-    assert "| a\\|b | 2 |" in table(bars, results)
-
-
-def test_rows_and_picture(filled: Ablation, folder: Path) -> None:
-    results, _ = collect(filled, folder / "out")
-    found = list(csv.DictReader(rows(filled, results).splitlines()))
-    assert [(r["variant"], r["seed"]) for r in found] == [
-        *(("plain", "0"), ("plain", "1"), ("taught", "0"), ("taught", "1"), ("taught", "2"), ("tuned", "0")),
-    ]
-    assert (found[1]["splits.*.i2t.r1"], found[1]["itm.loss"], found[1]["seconds"]) == ("14.0", "0.7", "180.0")
-    assert (found[4]["commit"], found[0]["commit"], found[0]["torch"]) == ("abc123", "", "2.14.1")
-    panels = picture(filled, results).axes
-    assert [ax.get_title(loc="left") for ax in panels] == ["TR R@1", "ITM loss"]
-    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["plain", "with a teacher", "tuned"]
-    dots = [sorted(x for x, _ in part.get_offsets()) for part in panels[0].collections if hasattr(part, "get_sizes")]
-    assert [10.0, 14.0] in dots
-    assert [13.0, 15.0, 50.0] in dots
-    assert [20.0] in dots
-    bands = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in panels[0].patches]
-    assert bands[0] == (pytest.approx(12 - 8**0.5), pytest.approx(12 + 8**0.5))
-    assert len(bands) == 2, "a single seed has none"
-
-
-def test_the_table_alone_and_a_metric_that_nobody_measured(filled: Ablation, folder: Path) -> None:
-    said: list[str] = []
-    (folder / "out/ablation.md").write_text("old")
-    assert ablate("toy.yaml", [], folder / "out", "7", "plain", said.append, table_only=True) == 0
-    assert "| with a teacher | 3 |" in (folder / "out/ablation.md").read_text(), "all that is finished, of any seed"
-    metrics = [{"path": "splits.a.i2t.r2", "title": "R@2"}, {"path": "itm.loss", "title": "ITM", "digits": 2}]
-    toy(metrics=metrics, name="toy")
-    said.clear()
-    assert ablate("changed.yaml", [], folder / "out", None, None, said.append, table_only=True) == 0
-    assert said[-1] == "metric splits.a.i2t.r2: no run has measured it; did you mean splits.a.i2t.r1?"
-    assert "| plain | 2 | – | 0.65 ± 0.07 | 150 ± 42 |" in (folder / "out/ablation.md").read_text()
+# The real thing
 
 
 def test_the_commit_is_of_this_checkout_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,9 +433,6 @@ def test_the_commit_is_of_this_checkout_or_none(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(running.subprocess, "run", missing)
     assert running.commit() is None
-
-
-# The real thing
 
 
 @pytest.mark.slow

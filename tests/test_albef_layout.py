@@ -326,7 +326,7 @@ def test_what_cannot_be_converted_so(pth: Path, tmp_path: Path, vocabulary: Path
     ]
     short = tmp_path / "short.txt"
     short.write_text("\n".join(WORDS))
-    wrong.append(((pth, folder), {"vocabulary": short}, "short.txt has 10 words and .* 97; give the vocab.txt that it"))
+    wrong.append(((pth, folder), {"vocabulary": short}, "short.txt has 10 tokens and .* 97; give the one that it"))
     for arguments, options, message in wrong:
         with pytest.raises((CheckpointError, DataError), match=message) as error:
             convert_albef(*arguments, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from crossmask.engine.errors import CheckpointError, DataError, RecipeError
 from crossmask.engine.evaluation import build_report, evaluate, print_summary, write_caption_gallery, write_gallery
 from crossmask.engine.evaluation.caption_gallery import read_captions
 from crossmask.engine.evaluation.captioning import write_captions
+from crossmask.engine.evaluation.generation import generate
 from crossmask.engine.exported import describe_export, load_exported, save_exported
 from crossmask.engine.model_evaluation import evaluate_model
 from crossmask.engine.models.captioner import CaptioningModel
@@ -179,6 +181,7 @@ def test_captions_do_not_depend_on_the_batch(home: Path) -> None:
     ("prompts", "words"),
     [
         ({"classes": ["x", "y"]}, "no image is of any of its classes (x, y, …): the column category has BLUE, GREEN"),
+        ({"classes": {"x": ["x", "x\ud83d"], "y": "y"}}, "has half a character, \\ud83d, as number 2; write the whole"),
         ({"classes": ["x", "y"], "level": "shop"}, "the images have no shop; add the column shop"),
     ],
 )
@@ -203,19 +206,55 @@ def test_captions_of_ones_own_pictures() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_captions_are_as_long_as_the_model_can_write_and_as_wide_as_memory_bears(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_once: list[int] = []
+
+    def counted(model: Any, context: Any, section: Any, *others: Any) -> Any:
+        at_once.append(len(context.tokens) * section.beams)
+        return generate(model, context, section, *others)
+
+    monkeypatch.setattr("crossmask.engine.caption_images.generate", counted)
+    names, run = [f"{i}.png" for i in range(5)], CliRunner().invoke
+    whole, cut, few = (
+        run(app, ["caption", "model", *names, "--beams", "64", *more])
+        for more in ([], ["--max-tokens", "1000"], ["--max-tokens", "4"])
+    )
+    assert whole.stdout == cut.stdout != few.stdout
+    assert at_once == [192, 128] * 3
+    # 8 words make 18 tokens at most, and [CLS] is none of a caption's own
+    assert cut.stderr.strip() == "--max-tokens 1000: this model's longest caption has 17 tokens, which are taken"
+    assert not whole.stderr + few.stderr
+
+
+def test_a_picture_whose_name_is_not_utf8(home: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    (home / name).write_bytes((home / "0.png").read_bytes())
+    found = CliRunner().invoke(app, ["caption", "model", name])
+    assert found.exit_code == 0, found.exception
+    assert found.stdout_bytes.startswith(b"caf\xe9.png\t")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
         (["model", "gone.png"], DataError, "gone.png: no such file"),
-        (["model", "mine.yaml"], DataError, "cannot read image mine.yaml: it is not an image"),
+        (["model", "."], DataError, ".: it is a folder; name the pictures in it"),
+        (["model", "mine.yaml"], DataError, "mine.yaml cannot be read: it is not an image; give another picture, or"),
+        (["model", "half.png"], DataError, "half.png cannot be read: "),
+        (["model", "0.png", "--beams", "65"], RecipeError, "--beams 65: a search keeps at most 64; give 64 or fewer"),
         (["model", "0.png", "--top-p", "2"], RecipeError, "--top-p: input should be less than or equal to 1"),
         (["model", "0.png", "--temperature", "2"], RecipeError, "--temperature (2) is of --top-p, which is not set"),
         (["nowhere", "0.png"], CheckpointError, "nowhere: no such folder"),
     ],
 )
-def test_mistakes_of_the_command_line(arguments: list[str], error: type[Exception], words: str) -> None:
+def test_mistakes_of_the_command_line(home: Path, arguments: list[str], error: type[Exception], words: str) -> None:
+    (home / "half.png").write_bytes((home / "0.png").read_bytes()[:100])
     found = CliRunner().invoke(app, ["caption", *arguments])
     assert isinstance(found.exception, error)
     assert words in str(found.exception)
+    assert arguments[1] == "." or str(found.exception).count(arguments[1]) <= 1
+    assert "start again" not in str(found.exception)
     assert "\n" not in str(found.exception)
     assert "value error" not in str(found.exception)

@@ -281,6 +281,24 @@ def test_without_augmentation_a_single_is_the_plain_drawing(data: EmojiPairs) ->
     assert set(plain.things.unique().tolist()) == {0, 1}
 
 
+def test_single_drawings_may_be_as_small_as_those_of_scenes(data: EmojiPairs) -> None:
+    """In training alone: from the smallest side on to nearly the canvas, and never in what is held out."""
+    usual = changed(data, augment=0.2, scenes={"fraction": 0.0})
+    small = changed(data, augment=0.2, scenes={"fraction": 0.0, "single_side": 0.3})
+    sides = []
+    for source in (usual, small):
+        things = source.train_batch(np.arange(300), 0, truth=True).things
+        assert things is not None
+        rows, columns = (things > 0).any(2).float().sum(1), (things > 0).any(1).float().sum(1)
+        sides.append(torch.maximum(rows, columns) / things.shape[1])
+    assert sides[0].quantile(0.05) > 0.6
+    assert sides[1].quantile(0.05) < 0.4
+    assert sides[1].quantile(0.95) > 0.8
+    assert (sides[1] > 0.2).all()
+    held_out = [source.plain_batch(data.train[:5], np.arange(5)).images for source in (usual, small)]
+    assert torch.equal(*held_out)
+
+
 def test_scenes_have_the_wanted_share_and_groups_of_their_own(data: EmojiPairs) -> None:
     indices = np.arange(data.train_size)
     chance = uniform(data.seed, 0, indices, "scene", 1)[:, 0]

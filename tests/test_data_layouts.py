@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,37 @@ def test_a_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     picture(tmp_path, "a.jpg")
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with one_line(DataError, "a.txt", "UTF-8 at byte 3"):
+        load(tmp_path)
+
+
+HALF = "half a character, .ud83d, as number 7; write the whole character, or remove it"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("d.jsonl", [{"image": "a.jpg", "caption": "a cat"}, {"image": "b.jpg", "caption": "a cat \ud83d!"}],
+         ["d.jsonl line 2: 'caption' has " + HALF]),
+        ("d.jsonl", [{"image": "a.jpg", "caption": "a cat", "group": "group \ud83d"}], ["line 1: 'group' has " + HALF]),
+        ("d.jsonl", [{"image": "a\udce9.jpg", "caption": "a cat"}],
+         ["line 1: 'image' has half a character, .udce9, as number 2; rename the file in UTF-8"]),
+        ("d.json", [{"image": "a.jpg", "caption": ["a cat", "a cat \ud83d"]}], ["entry 1: 'caption' has " + HALF]),
+        ("d.json", {"images": [entry("a.jpg", "train", "a cat \ud83d")]}, ["image 1 .a.jpg.: 'caption' has " + HALF]),
+    ],
+)  # fmt: skip
+def test_half_characters_are_named(name: str, content: Any, parts: list[str], tmp_path: Path) -> None:
+    picture(tmp_path, "a.jpg", "b.jpg")
+    lines = "\n".join(map(json.dumps, content)) if name.endswith("l") else content
+    with one_line(DataError, *parts):
+        load(save(tmp_path / name, lines), validation_fraction=0.0)
+    whole = save(tmp_path / "w.jsonl", json.dumps({"image": "a.jpg", "caption": "a cat \U0001f600"}))
+    assert load(whole, validation_fraction=0.0).pairs.captions == ["a cat \U0001f600"]  # as both halves are escaped
+
+
+def test_a_picture_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    picture(tmp_path, "a.jpg", os.fsdecode(b"sub/caf\xe9.jpg"))
+    save(tmp_path / "a.txt", "a cat")
+    with one_line(DataError, r"the name of 'sub/caf.udce9\.jpg' is not UTF-8; rename it"):
         load(tmp_path)
 
 

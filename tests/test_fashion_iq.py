@@ -158,6 +158,9 @@ DRESS = "captions/cap.dress.train.json"
     [
         (DRESS, lambda x: x[1].pop("target"), r"cap\.dress\.train\.json entry 2: it has no target; add the ID"),
         (DRESS, lambda x: x[0].update(candidate="../x"), r"entry 1: candidate '../x' is not the ID of an image"),
+        (DRESS, lambda x: x[0].update(candidate="\udce9"), r"entry 1: candidate '.udce9' is not the ID of an image"),
+        (DRESS, lambda x: x[2].update(captions=["a", "is red \ud83d"]),
+         r"entry 3: a caption has half a character, .ud83d, as number 8; write the whole character, or remove it"),
         (DRESS, lambda x: x[0].update(captions="red"), r"entry 1: its captions are not a list of texts"),
         (DRESS, lambda x: x[0].update(captions=[" ", ""]), r"entry 1: it has no caption; write one or remove"),
         (DRESS, lambda x: x.append("red"), r"entry 7: not an object; expected candidate, target and captions"),

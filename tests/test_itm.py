@@ -133,6 +133,25 @@ def test_a_row_without_a_legal_negative_is_told() -> None:
     assert legal.tolist() == [True, True, False, True]
 
 
+def test_a_negative_is_of_the_same_kind() -> None:
+    """What a look at the layout tells apart teaches matching nothing; a pair alone of its kind has no negative."""
+    feature, kind = unit(7), torch.tensor([0, 1, 0, 1, 0, 1, 2])
+    seen, view = StudentView(encoded(feature), encoded(feature)), TeacherView(feature, feature)
+    drawn = set()
+    for step in range(100):
+        now = draws(7, step)
+        images, texts, legal = draw_negatives(seen, view, torch.arange(7), torch.tensor(0.5), 7, 0.5, now, kind)
+        assert legal.tolist() == [True] * 6 + [False]
+        assert torch.equal(kind[images[:6]], kind[:6])
+        assert torch.equal(kind[texts[:6]], kind[:6])
+        drawn |= set(zip(range(6), images[:6].tolist(), strict=True))
+    assert len(drawn) == 12  # each of the two others of its kind
+
+    of_one = draw_negatives(seen, view, torch.arange(7), torch.tensor(0.5), 7, 0.5, draws(7, 1), torch.zeros(7).bool())
+    plain = draw_negatives(seen, view, torch.arange(7), torch.tensor(0.5), 7, 0.5, draws(7, 1))
+    assert all(torch.equal(x, y) for x, y in zip(of_one, plain, strict=True))
+
+
 def test_drawing_never_waits_for_the_device() -> None:
     feature = unit(8)
     seen, view = StudentView(encoded(feature), encoded(feature)), TeacherView(feature, feature)

@@ -20,6 +20,7 @@ from crossmask.engine.errors import CheckpointError, DataError
 from crossmask.engine.exported import load_exported
 from crossmask.engine.models.captioner import CaptioningModel
 from crossmask.engine.models.open_clip_recognition import recognise
+from crossmask.engine.recipe_files import dump_recipe, load_recipe
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -196,7 +197,7 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "SigLIP's bias": (lambda state: state | {"logit_bias": torch.ones(())}, "with a bias of its logits"),
     "another shape": (
         lambda state: state | {"visual.ln_pre.bias": torch.ones(65)},
-        "1 of another shape (visual.ln_pre.bias is (65,), not (64,))",
+        "1 of another shape or type (visual.ln_pre.bias is (65,), not (64,))",
     ),
     "mixed": (
         lambda state: state | {"visual.ln_pre.bias": torch.ones(64).half()},
@@ -242,20 +243,55 @@ def test_heads_that_do_not_divide_ask_for_the_configuration(home: Path) -> None:
         convert_open_clip(home / "in.pt", home / "ours", home / "no.json")
 
 
-def test_what_is_no_captioner_is_not_exported(home: Path, tmp_path: Path) -> None:
+OTHERS = "; train with {} for it, or use crossmask export, which keeps every model as it is"
+
+
+def test_a_run_of_another_layout_is_refused_before_its_weights_are_looked_for(tmp_path: Path) -> None:
+    for name, others in {
+        "sycoca-emoji": "is not of open_clip's layout: model.pool is mean, there it is cls; model.image.stem is conv,"
+        " there it is patch; model.captioner.norm_pre is false, there it is true; model.captioner.qk_norm is true,"
+        " there it is false; model.captioner.mlp_ratio is 2.0, there it is 4.0; model.text.depth is 0, there it is"
+        " 1 or more" + OTHERS.format("these"),
+        "albef-emoji": "is no captioner, so not of CoCa's layout: it has no model.captioner; give a model that has",
+    }.items():
+        own = ["image.stem=conv", "captioner.norm_pre=false", "captioner.qk_norm=true", "captioner.mlp_ratio=2.0"]
+        fields = ["model.pool=mean", "model.text.depth=0", *(f"model.{field}" for field in own)]
+        (tmp_path / "recipe.yaml").write_text(dump_recipe(load_recipe(name, fields if "sycoca" in name else [])))
+        with pytest.raises(CheckpointError) as caught:
+            convert_open_clip(tmp_path, tmp_path / "out.pt", tell=pytest.fail)
+        assert str(caught.value).startswith(f"{tmp_path} {others}")
+    (tmp_path / "recipe.yaml").write_text("model: 3")
+    with pytest.raises(CheckpointError, match=r"recipe\.yaml is not a recipe of this version"):
+        convert_open_clip(tmp_path, tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["captioner"].update(qk_norm=True), "model.captioner.qk_norm is true, there it is false"),
+        (lambda m: m["captioner"]["pooler"].update(kind="cascade"), "pooler.kind is cascade, there it is single"),
+        (lambda m: m["text"].update(width=24), "model.text.width is 24, there it is 48"),
+    ],
+)
+def test_an_export_of_another_layout_is_refused(home: Path, change: Callable[[Any], None], words: str) -> None:
     convert_open_clip(home / "in.pt", home / "ours", home / "in.json")
     config = json.loads((home / "ours" / "config.json").read_text())
-    for change, words in (
-        (lambda c: c["model"]["captioner"].update(qk_norm=True), "model.captioner.qk_norm is true, there it is false"),
-        (lambda c: c["model"].update(pool="mean"), "model.pool is mean, there it is cls"),
-    ):
-        other = json.loads(json.dumps(config))
-        change(other)
-        from crossmask.engine.convert_open_clip import _refuse_other_layouts
-        from crossmask.engine.recipe import ModelSection
+    change(config["model"])
+    (home / "ours" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        convert_open_clip(home / "ours", home / "out.pt")
+    assert str(caught.value).endswith(words + OTHERS.format("this"))
+    assert not (home / "out.pt").exists()
 
-        with pytest.raises(CheckpointError, match=words):
-            _refuse_other_layouts(ModelSection.model_validate(other["model"]), Path("ours"))
+
+def test_a_state_dict_that_cannot_be_written_leaves_nothing(home: Path) -> None:
+    convert_open_clip(home / "in.pt", home / "ours", home / "in.json")
+    with pytest.raises(CheckpointError, match=r"in\.pt/out\.pt cannot be written: .*; make room, or"):
+        convert_open_clip(home / "ours", home / "in.pt" / "out.pt")
+    (home / "out.json.part").mkdir()
+    with pytest.raises(CheckpointError, match=r"out\.json cannot be written: Is a directory"):
+        convert_open_clip(home / "ours", home / "out.pt")
+    assert not (home / "out.pt.part").exists()
 
 
 def test_on_the_command_line(home: Path) -> None:

@@ -200,9 +200,9 @@ def test_what_is_recognised_and_what_is_counted() -> None:
     stream = io.StringIO()
     print_summary({"splits": {}, "recognition": found}, Console(file=stream, width=100))
     shown = stream.getvalue()
-    assert "t: 3 of 6 images are of 2 classes without a training image: always wrong" in shown
-    assert "t: 1 images without a class are left out" in shown
-    assert "1 of the classes have one training image" in shown
+    assert "category: t: 3 of 6 images are of 2 unseen classes: always wrong" in shown
+    assert "category: t: 1 images without a class are left out" in shown
+    assert "category: 1 of the classes have one training image" in shown
     assert f"{100 * right / 6:.1f} / " in shown
 
 

@@ -328,7 +328,7 @@ def test_pairs_are_scored_in_any_order_and_number(kept: int, at_once: int, monke
 
 
 @pytest.mark.parametrize(("norm", "pool"), [("post", "cls"), ("pre", "mean")])
-def test_scores_are_those_of_each_pair_by_itself(norm: str, pool: str) -> None:
+def test_scores_are_those_of_each_pair_by_itself(norm: str, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = VisionLanguageModel(
         ModelSection.model_validate(
             {
@@ -357,8 +357,16 @@ def test_scores_are_those_of_each_pair_by_itself(norm: str, pool: str) -> None:
 
     world = Real(list(range(6)), list(range(10)))
     found = embed(model, world, "cpu")
-    pairs = torch.tensor([[i, j] for i in range(6) for j in range(10) if (i * j + i) % 3])
-    logits = match_logits(model, world, found, pairs, "cpu")
+    pairs = torch.tensor([[i, j] for i in range(6) for j in range(10) if (i * j + i) % 3 and i + j < 11])
+    told: list[str] = []
+    monkeypatch.setattr(embedding, "PAIRS", 7)  # so that parts are filled up with pairs that come twice
+    logits = match_logits(model, world, found, pairs, "cpu", embedding.Progress(told.append, every=0.0))
+    plan = [chosen for _, group in embedding._plan(pairs, found.length, 7) for _, chosen in group]
+    assert sum(map(len, plan)) > len(pairs)
+    done = [int(line.removeprefix("pairs re-ranked, ").split()[0]) for line in told]
+    assert {line.split(" of ")[1] for line in told} == {str(len(pairs))}
+    assert done == [len(torch.cat(plan[:n]).unique()) if n else 0 for n in range(len(plan))]
+    assert len(pairs) == len(torch.cat(plan).unique())
     with torch.no_grad():
         for (i, j), mine in zip(pairs.tolist(), logits, strict=True):
             image = model.encode_image(world.take(np.array([i])).images)

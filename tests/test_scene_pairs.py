@@ -141,6 +141,7 @@ def test_single_drawings_may_be_mixed_into_the_training_alone(data: ScenePairs) 
     batch = mixed.train_batch(np.arange(500), 0, truth=True)
     scene = batch.group_id >= len(data.art.captions)
     assert 0.33 < scene.float().mean() < 0.47
+    assert torch.equal(batch.kind, scene)  # for matching: a look tells a scene from a single drawing
     assert batch.things is not None
     assert max(int(t.max()) for t in batch.things[~scene]) == 1
     assert batch.group_id[~scene].tolist() == data.art.caption[data.train[:500]][~scene.numpy()].tolist()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -178,6 +179,50 @@ def test_float16_features_are_multiplied_in_float32_and_no_more_than_a_block_is_
     torch.testing.assert_close(found, image.float() @ text.float().T)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(similarities(image, text), found)
+
+
+class OnGpu(Tensor):
+    """On the CPU, but it says that it is on a GPU, and as from there a copy arrives when the stream is waited for."""
+
+    pending: ClassVar[list[Callable[[], Any]]] = []
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 0)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.copy_ and (kwargs or {}).get("non_blocking"):
+            target, source = (x.as_subclass(Tensor) for x in args)
+            cls.pending.append(lambda: target.copy_(source))
+            return target
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_from_a_gpu_blocks_come_to_pinned_memory_and_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text = torch.randn(2, 100, 32)
+    wanted, empty, pinned, waited = similarities(image, text, rows=30), torch.empty, [], []
+
+    def unwritten(*shape: int, pin_memory: bool, **options: Any) -> Tensor:
+        pinned.append(pin_memory)
+        return empty(*shape, **options).fill_(torch.nan)
+
+    class Stream:
+        def synchronize(self) -> None:
+            waited.append(len(OnGpu.pending))
+            for copy in OnGpu.pending:
+                copy()
+            OnGpu.pending.clear()
+
+    monkeypatch.setattr(torch, "empty", unwritten)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    found = similarities(image.as_subclass(OnGpu), text.as_subclass(OnGpu), rows=30)
+    monkeypatch.undo()
+    assert (pinned, waited) == ([True], [4])
+    assert type(found) is Tensor
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, wanted)
 
 
 @needs_native

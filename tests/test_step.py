@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +52,7 @@ def batch(n: int = 6) -> Batch:
     ids[:, 0], ids[:, -1] = 2, 3
     ids[0, 5:] = torch.tensor([3, 0])
     images = torch.randn(n, 3, 16, 16, generator=generator)
-    return Batch(images, ids, ids != 0, ids > 4, torch.arange(n), torch.arange(n))
+    return Batch(images, ids, ids != 0, ids > 4, torch.arange(n), torch.arange(n), kind=torch.arange(n) % 2)
 
 
 def seen(model: PretrainingModel, data: Batch, objectives: ObjectivesSection, schedule: Schedule) -> TeacherView:
@@ -126,6 +127,19 @@ def test_hardness_of_the_negatives_is_the_schedules(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(step, "image_text_matching", record)
     losses(section(), Schedule(1.0, fusion=True, hardness=0.25, queue=True))
     assert given == [0.25]
+
+
+def test_matching_is_told_of_what_kind_a_pair_is() -> None:
+    """Of six pairs of six kinds none has a negative; of two kinds each has."""
+    objectives, model = section(mlm={"weight": 0.0}, mim={"weight": 0.0}), student()
+    data, found = batch(), []
+    for kind in (data.kind, torch.arange(6)):
+        of_kind = replace(data, kind=kind)
+        view, recipe = seen(model, of_kind, objectives, NOW), Recipe(objectives=objectives)
+        keys = Keys(view.image_feature, view.text_feature, data.group_id)
+        _, terms = compute_losses(model, of_kind, view, keys, recipe, NOW, run_masks(recipe).planner)
+        found.append(terms["itm"].item())
+    assert found[0] > 0 == found[1]
 
 
 def test_a_batch_of_one_leaves_matching_out() -> None:

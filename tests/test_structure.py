@@ -26,9 +26,11 @@ SAME_ROOM = {  # two files on one subject
     "deepspeed_config": "recipe_files",  # reading and checking what a user gave
     "export_config": "exported",
     "convert_open_clip": "convert",
+    "conversion": "convert",
     "recipe_section": "recipe",
     "recipe_sections_captioner": "recipe",
     "recipe_sections_composed": "recipe",
+    "recipe_sections_recognition": "recipe",
     "recipe_sections_grouping": "recipe",
     "recipe_sections_evaluation": "recipe",
 }

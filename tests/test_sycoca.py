@@ -19,6 +19,8 @@ from crossmask.engine.evaluation.reconstructions import paint
 from crossmask.engine.export_config import build_model, describe_export
 from crossmask.engine.masking import check_masking
 from crossmask.engine.models.captioner import CaptioningModel
+from crossmask.engine.models.captioner_blocks import AttentionalPooler
+from crossmask.engine.objectives.captioning import image_captioning
 from crossmask.engine.objectives.tg_mim import patch_pixels
 from crossmask.engine.recipe import ObjectivesSection, Recipe
 from crossmask.engine.recipe_files import load_recipe
@@ -83,6 +85,36 @@ def test_masks_that_draw_are_a_matter_of_the_step_alone() -> None:
     model, masks = student(described), run_masks(described)
     at = [compute_captioner_losses(model, data, described, masks, step, len(data)).terms for step in (3, 3, 4)]
     assert at[0]["tg_mim"] == at[1]["tg_mim"] != at[2]["tg_mim"]
+
+
+# a pooler's runs in a step: of the feature and of the context, where that reads something else
+@pytest.mark.parametrize(("kind", "runs"), [("single", (1, 2, 2)), ("cascade", (2, 3, 3)), ("parallel", (2, 2, 2))])
+def test_what_nobody_reads_is_not_computed(kind: str, runs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    forward = AttentionalPooler.forward
+
+    def counted(self: AttentionalPooler, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        ran.append(len(tokens))
+        return forward(self, tokens, key_mask)
+
+    monkeypatch.setattr(AttentionalPooler, "forward", counted)
+    pooler = {"kind": kind, "queries": 3, "heads": 2}
+    for how, times in zip(("keep", "drop", "encode"), runs, strict=True):
+        ran.clear()
+        described, data = recipe(model__captioner__pooler=pooler, objectives__caption__low_patches=how), batch()
+        made = student(described)
+        found = compute_captioner_losses(made, data, described, run_masks(described), 0, 4)
+        assert len(ran) == times, how
+        if how == "keep":  # what is used twice is what would be computed twice
+            model = made.model
+            seen = model.encode_image(data.images)
+            bare = model.encode_image(data.images, feature=False)
+            assert bare.feature.shape == (len(data), 0)
+            assert torch.equal(model.context(seen.rows(slice(4))).tokens, model.context(bare.rows(slice(4))).tokens)
+            words = model.encode_text(data.token_ids, data.token_mask).rows(slice(4))
+            part = data.rows(slice(4))
+            anew = image_captioning(model, words, model.context(bare.rows(slice(4))), part.token_ids, part.token_mask)
+            assert anew["caption"] == found.terms["caption"]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +202,27 @@ def test_measures_of_held_out_pairs() -> None:
     assert 0 <= masks["on_named"] <= 1
     low = captioner_measures(model, known, look(described), described, "cpu")["low_on_drawing"]
     assert low == pytest.approx(1 - masks["on_drawing"])  # half is high and half is low
+
+
+def test_measures_of_pairs_that_do_not_fill_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    described, data = recipe(), batch(8).rows(slice(2, None))  # which begins with those that have words
+    model = student(described).model
+    monkeypatch.setattr("crossmask.engine.evaluation.captioner_measures.CHUNK", 3)
+    seen: list[int] = []
+
+    def watched(model: Any, part: Batch) -> Any:
+        seen.append(len(part))
+        return look(described)(model, part)
+
+    for count, parts in ((6, [3, 3]), (4, [2, 2]), (5, [3, 2]), (2, [2])):
+        seen.clear()
+        found = captioner_measures(model, data.rows(slice(count)), watched, described, "cpu")
+        assert seen == parts
+        assert {"caption_loss_other", "reconstruction_other"} < found.keys()
+    alone = captioner_measures(model, data.rows(slice(1)), watched, described, "cpu")
+    assert "caption_loss" in alone
+    assert "reconstruction" in alone
+    assert not any(name.endswith("_other") for name in alone)
 
 
 def test_painting_replaces_the_hidden_patches_alone() -> None:

@@ -16,6 +16,7 @@ import ranks
 ZERO = "deepspeed"
 CASES: dict[str, dict[str, Any]] = {
     "zero0": {ZERO: {"zero_optimization": {"stage": 0}}},
+    "zero1": {ZERO: {"zero_optimization": {"stage": 1}}, "resume": True},
     "zero2": {ZERO: {"zero_optimization": {"stage": 2}}, "resume": True},
     "zero3": {ZERO: {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}}},
     "accumulated": {ZERO: {"zero_optimization": {"stage": 2}}, "training.accumulation_steps": 2, "resume": True},
@@ -39,7 +40,7 @@ def test_contrast_over_ranks_is_that_of_one_process(seen: list[dict[str, Any]]) 
         assert found["contrast"]["gradient"] < 1e-6
 
 
-@pytest.mark.parametrize("case", ["zero2", "zero3"])
+@pytest.mark.parametrize("case", ["zero1", "zero2", "zero3"])
 def test_every_zero_stage_takes_the_same_steps(seen: list[dict[str, Any]], case: str) -> None:
     wanted, found = seen[0]["zero0"], seen[0][case]
     for one, other in zip(wanted["terms"], found["terms"], strict=True):
@@ -48,7 +49,7 @@ def test_every_zero_stage_takes_the_same_steps(seen: list[dict[str, Any]], case:
     assert found["terms"][-1]["loss"] < found["terms"][0]["loss"]
 
 
-@pytest.mark.parametrize("case", ["zero2", "accumulated"])
+@pytest.mark.parametrize("case", ["zero1", "zero2", "accumulated"])
 def test_a_resumed_run_goes_on_as_if_never_stopped(seen: list[dict[str, Any]], case: str) -> None:
     found = seen[0][case]
     assert found["resumed"] == found["terms"][-len(found["resumed"]) :]

@@ -131,6 +131,14 @@ def test_the_teacher_chooses_the_words_by_its_block() -> None:
         assert set(weights[i].topk(count).indices.tolist()) == set(view.plan.text[i].nonzero()[:, 0].tolist())
 
 
+def test_the_block_leaves_the_other_weights_as_they_begin_without_it() -> None:
+    """So that the two directions of an ablation differ in the block alone."""
+    plain, two = build()[2].state_dict(), build(**TWO)[2].state_dict()
+    shared = [name for name in two if name in plain and not name.startswith("patch_decoder.")]
+    assert len(shared) > 20
+    assert all(torch.equal(plain[name], two[name]) for name in shared)
+
+
 def test_without_the_option_no_name_changes() -> None:
     _, _, student = build()
     names = [name for name, _ in student.named_parameters()]

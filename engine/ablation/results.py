@@ -16,6 +16,8 @@ from .description import Ablation, MetricSection, VariantSection
 from .plan import PlannedRun, Start, plan_runs, read_json
 from .running import ORIGIN, training_seconds
 
+FEW = 3  # seeds below which differences may well be chance
+
 
 @dataclass(frozen=True)
 class Result:
@@ -109,6 +111,15 @@ def of_variant(results: Sequence[Result], variant: VariantSection, metric: Metri
 def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Summary | None:
     """Of the seeds that both have, value by value: what two runs owe to their common seed cancels."""
     return summarise([values[seed] - others[seed] for seed in values if seed in others])
+
+
+def agreed(values: Mapping[int, float], others: Mapping[int, float], higher_is_better: bool) -> int:
+    """1 where ``values`` are better than ``others`` with every seed that both have, -1 where they are worse with every
+    one, 0 where seeds differ in that or are fewer than :data:`FEW`."""
+    gains = [values[seed] - others[seed] for seed in values if seed in others]
+    if len(gains) < FEW or min(gains) <= 0 <= max(gains):
+        return 0
+    return 1 if (gains[0] > 0) == higher_is_better else -1
 
 
 def _read(ablation: Ablation, run: PlannedRun, evaluation: dict[str, Any]) -> Result:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..atomic import replace_file, writing_to
-from .description import Ablation, MetricSection, VariantSection
-from .results import Result, Summary, difference, of_variant, summarise
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-FEW = 3  # seeds below which the table says that its differences may be chance
-PANELS = 3  # in a row of the picture
+from .description import Ablation, VariantSection
+from .drawing import picture
+from .results import FEW, Result, Summary, agreed, difference, of_variant, summarise
 
 
 def write_results(ablation: Ablation, results: Sequence[Result], output: Path) -> list[Path]:
@@ -40,7 +34,8 @@ def write_results(ablation: Ablation, results: Sequence[Result], output: Path) -
 
 
 def table(ablation: Ablation, results: Sequence[Result]) -> str:
-    """Markdown: a row per variant with the mean and spread of each metric, and below it what the runs were."""
+    """Markdown: a row per variant with the mean and spread of each metric, the differences to the rows that they are
+    compared with, and below what the runs were."""
     headings = [f"{m.title} {'↑' if m.higher_is_better else '↓'}" for m in ablation.metrics]
     lines = [
         f"# {ablation.title or ablation.name}",
@@ -50,11 +45,12 @@ def table(ablation: Ablation, results: Sequence[Result]) -> str:
     ]
     for variant in ablation.variants:
         mine = [r for r in results if r.variant == variant.name]
-        cells = [_cell(ablation, results, variant, metric) for metric in ablation.metrics]
+        reached = [summarise(list(of_variant(results, variant, metric).values())) for metric in ablation.metrics]
+        cells = [_numbers(found, metric.digits) for found, metric in zip(reached, ablation.metrics, strict=True)]
         seconds = _numbers(summarise([r.seconds for r in mine]), 0)
         lines.append(_row([variant.heading, str(len(mine) or "–"), *cells, seconds]))
-    lines += ["", *_notes(ablation, results), "", *_changes(ablation, results)]
-    return "\n".join(lines) + "\n"
+    lines += [*_differences(ablation, results, headings), "", *_notes(ablation, results), ""]
+    return "\n".join([*lines, *_changes(ablation, results)]) + "\n"
 
 
 def rows(ablation: Ablation, results: Sequence[Result]) -> str:
@@ -72,65 +68,22 @@ def rows(ablation: Ablation, results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def picture(ablation: Ablation, results: Sequence[Result]) -> Figure:
-    """A panel per metric, a line per variant: a dot per seed, the mean a stroke, a bar of one deviation about it."""
-    from matplotlib.figure import Figure
-
-    from ..evaluation.plots import COLOURS, dress, style
-
-    columns = min(PANELS, len(ablation.metrics))
-    down = -(-len(ablation.metrics) // columns)
-    names = [variant.heading for variant in ablation.variants]
-    labels = 0.075 * max(map(len, names))  # inches
-    with style():
-        figure = Figure(figsize=(labels + 3.1 * columns, down * (0.85 + 0.34 * len(names))), layout="constrained")
-        for i, metric in enumerate(ablation.metrics):
-            ax = figure.add_subplot(down, columns, i + 1)
-            dress(ax)
-            _draw(ax, [of_variant(results, variant, metric) for variant in ablation.variants])
-            ax.set_yticks(range(len(names)), names if i % columns == 0 else [""] * len(names), color=COLOURS["ink"])
-            ax.set_ylim(len(names) - 0.5, -0.5)  # the first variant on top
-            arrow = "better →" if metric.higher_is_better else "← better"
-            ax.set_title(metric.title, loc="left", fontsize=10, fontweight="bold", color=COLOURS["ink"])
-            ax.set_xlabel(arrow, loc="right" if metric.higher_is_better else "left", color=COLOURS["muted"])
-        if len({r.run.seed for r in results}) > 1:
-            figure.supxlabel(
-                "a dot per seed, a stroke for the mean, a band of ± one standard deviation", fontsize=8.5, ha="left",
-                x=0.01, color=COLOURS["muted"],
-            )  # fmt: skip
-    return figure
-
-
-def _draw(ax: Axes, values: Sequence[Mapping[int, float]]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    from ..evaluation.plots import COLOURS
-
-    for place, by_seed in enumerate(values):
-        found = summarise(list(by_seed.values()))
-        if found is None:
+def _differences(ablation: Ablation, results: Sequence[Result], headings: Sequence[str]) -> list[str]:
+    """The second table; nothing where no run has another to be compared with."""
+    lines = []
+    for variant in ablation.variants:
+        other = ablation.compared_with(variant)
+        if other is None:
             continue
-        many = len(by_seed)
-        # seeds lie a little apart, in their order, so that equal values are seen as several
-        heights = [place + 0.3 * ((n + 0.5) / many - 0.5) for n in range(many)]
-        if found.deviation is not None:
-            left = found.mean - found.deviation
-            ax.barh(place, 2 * found.deviation, 0.46, left, color=COLOURS["c1"], alpha=0.16, lw=0)
-            ax.vlines(found.mean, place - 0.3, place + 0.3, color=COLOURS["c1"], lw=2)
-        ax.scatter(
-            [by_seed[seed] for seed in sorted(by_seed)], heights, s=22, color=COLOURS["c1"], edgecolors="white",
-            linewidths=0.7, zorder=3,
-        )  # fmt: skip
-    ax.use_sticky_edges = False  # bars would end the axis where they begin
-    ax.margins(x=0.12)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-
-
-def _cell(ablation: Ablation, results: Sequence[Result], variant: VariantSection, metric: MetricSection) -> str:
-    mine, other = of_variant(results, variant, metric), ablation.compared_with(variant)
-    text = _numbers(summarise(list(mine.values())), metric.digits)
-    delta = difference(mine, of_variant(results, other, metric)) if other else None
-    return f"{text} ({_numbers(delta, metric.digits, sign=True)})" if delta else text
+        cells = []
+        for metric in ablation.metrics:
+            mine, theirs = of_variant(results, variant, metric), of_variant(results, other, metric)
+            text = _numbers(difference(mine, theirs), metric.digits, sign=True)
+            cells.append(f"**{text}**" if agreed(mine, theirs, metric.higher_is_better) else text)
+        if any(cell != "–" for cell in cells):
+            lines.append(_row([variant.heading, other.heading, *cells]))
+    heading = [_row(["difference of", "to", *headings]), _row(["---", "---", *["--:"] * len(headings)])]
+    return ["", *heading, *lines] if lines else []
 
 
 def _numbers(found: Summary | None, digits: int, sign: bool = False) -> str:
@@ -141,14 +94,18 @@ def _numbers(found: Summary | None, digits: int, sign: bool = False) -> str:
 
 
 def _notes(ablation: Ablation, results: Sequence[Result]) -> list[str]:
-    to = "the row above" if ablation.compare == "previous" else "the first row"
-    if any(variant.against for variant in ablation.variants):
-        to += ", or to the one that the second table names"
-    lines = [f"Mean ± standard deviation over seeds; in brackets the difference to {to}, seed by seed."]
-    counts = [sum(r.variant == variant.name for r in results) for variant in ablation.variants]
-    if min(counts) < max(counts):
-        lines[0] += " Not all runs are finished."
-    if any(0 < count < FEW for count in counts):
+    lines = ["Mean ± standard deviation over seeds; differences seed by seed, over those that both rows have."]
+    most = max(_count(results, variant) for variant in ablation.variants)
+    if most >= FEW:
+        lines[0] += (
+            f" In bold: every seed agrees on which row is better, which {most} seeds do by chance alone in one case of"
+            f" {2 ** (most - 1)}."
+        )
+    unfinished = [v for v in ablation.variants if _count(results, v) < most]
+    if unfinished:
+        missing = "; ".join(f"{v.heading} ({_count(results, v)} of {most})" for v in unfinished)
+        lines[0] += f" Not all runs are finished: {missing}."
+    if any(0 < _count(results, variant) < FEW for variant in ablation.variants):
         lines.append(
             f"Fewer than {FEW} seeds: how far a row would move with another one is hardly known, so a small "
             "difference may be chance."
@@ -166,6 +123,10 @@ def _notes(ablation: Ablation, results: Sequence[Result]) -> list[str]:
     commits = {r.commit or "unknown" for r in results}
     lines.append(f"Machine: {_all(r.machine for r in results)}. {_all(versions)}. Commit: {_all(commits)}.")
     return [line for text in lines for line in (text, "")][:-1]
+
+
+def _count(results: Sequence[Result], variant: VariantSection) -> int:
+    return sum(r.variant == variant.name for r in results)
 
 
 def _changes(ablation: Ablation, results: Sequence[Result]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..recipe import Recipe
 from .base import ALL, CaptionBatch, EvaluationSplit, PairData
 from .batch import Batch
-from .classes import require_classes
+from .classes import require_classes, training_classes
 from .normalisation import HALF, NORMALISATIONS, Normalisation
 from .sampler import StepSampler
 from .tokenizer import CaptionTokenizer
@@ -34,7 +34,9 @@ def load_data(recipe: Recipe, tokenizer: CaptionTokenizer | None = None, trainin
     """
     data = _open(recipe, tokenizer, training)
     if recipe.evaluation.recognition and (tokenizer is None or training):
-        require_classes(data.training_split(), data.splits)
+        require_classes(data.training_split(), data.splits, recipe.data.source)
+    if recipe.objectives.recognition.weight > 0 and tokenizer is None:
+        data.classes = training_classes(data, recipe.objectives.recognition.column)
     return data
 
 

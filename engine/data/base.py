@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
+from .classes import TrainingClasses
 from .normalisation import HALF, Normalisation
 from .tokenizer import CaptionTokenizer
 
@@ -116,6 +117,7 @@ class PairData(ABC):
     train_group_id: np.ndarray  # (train_size,) int64
     splits: Mapping[str, EvaluationSplit]
     composed: Mapping[str, ComposedSplit] = MappingProxyType({})  # text-guided retrieval, where a source has triplets
+    classes: TrainingClasses | None = None  # of the training samples, where ``objectives.recognition`` is on
 
     @abstractmethod
     def train_batch(self, indices: np.ndarray, epoch: int, truth: bool = False) -> Batch:
@@ -133,6 +135,10 @@ class PairData(ABC):
         where a source was opened for evaluation alone."""
         return None
 
+    def train_labels(self) -> Mapping[str, np.ndarray]:
+        """Level -> (train_size,) text, each training sample's class, "" = unknown; as ``EvaluationSplit.labels``."""
+        return {}
+
     @abstractmethod
     def training_captions(self) -> list[str]:
         """The distinct captions that are trained on, in an order that every rank finds."""
@@ -142,9 +148,12 @@ class PairData(ABC):
         """Training sample ``index`` in words that its owner can look up."""
 
     def fingerprint(self) -> str:
-        """Changes when the training samples, their order or their vocabulary do: a resumed run must find the same."""
+        """Changes when the training samples, their order, their vocabulary or, where they are learned, their classes
+        do: a resumed run must find the same."""
         digest = hashlib.sha256(self.tokenizer.to_json().encode())
         digest.update(np.ascontiguousarray(self.train_group_id, np.int64).tobytes())
+        if self.classes is not None:
+            digest.update(self.classes.digest().encode())
         return digest.hexdigest()
 
     def notices(self) -> list[str]:

@@ -25,7 +25,11 @@ class Batch:
     things: Tensor | None = None  # (B, H, W) uint8, 0 = background, k = the k-th drawn thing
     words: Tensor | None = None  # (B, L) uint8, 0 = names no thing, k = names the k-th thing, 255 = a thing not drawn
     priors: Tensor | None = None  # (B, P) float32, weights of patches for mask policies that read them
+    # (B,) bool or int; between pairs of two kinds a look at the layout tells that they do not match: ITM's negatives
+    # are of the same kind. None: all are of one
+    kind: Tensor | None = None
     reference: Tensor | None = None  # (B, 3, H, W) float32: of triplets, whose text says how ``images`` differ from it
+    label: Tensor | None = None  # (B,) int64, each pair's class where a classifier is trained; -1 = unknown
 
     def __len__(self) -> int:
         return len(self.images)

@@ -36,10 +36,7 @@ class EmojiSplit(EvaluationSplit):
         category = np.array([kinds[c.subgroup] for c in data.art.captions], np.int64)
         self.image_category, self.gallery_category = category[self.image_group_id], category[captions]
         self.names = np.array([c.name for c in data.art.captions], object)[self.image_group_id]
-        self.labels = {
-            "category": np.array([c.group for c in data.art.captions], object)[self.image_group_id],
-            "subcategory": np.array([c.subgroup for c in data.art.captions], object)[self.image_group_id],
-        }
+        self.labels = data.labels_of(drawings)
 
     def take(self, rows: np.ndarray) -> Batch:
         return self._data.plain_batch(self.drawings[rows], np.asarray(rows, np.int64))
@@ -99,6 +96,17 @@ class EmojiPairs(PairData):
     def training_split(self) -> EmojiSplit:
         return EmojiSplit("training drawings", self, self.train, np.unique(self.art.caption[self.train]))
 
+    def train_labels(self) -> dict[str, np.ndarray]:
+        return self.labels_of(self.train) if self.section.source == "emoji" else {}  # other samples are no drawings
+
+    def labels_of(self, drawings: np.ndarray) -> dict[str, np.ndarray]:
+        """Group and subgroup of some rows of the art, (N,) text each."""
+        captions = [self.art.captions[row] for row in self.art.caption[drawings].tolist()]
+        return {
+            "category": np.array([caption.group for caption in captions], object),
+            "subcategory": np.array([caption.subgroup for caption in captions], object),
+        }
+
     def training_captions(self) -> list[str]:
         captions = [self.art.captions[i] for i in np.unique(self.art.caption[self.train]).tolist()]
         return [" ".join((caption.name, *caption.tags)) for caption in captions]
@@ -153,6 +161,8 @@ class EmojiPairs(PairData):
         sample, slot, drawing = alone, np.zeros_like(alone), anchors[alone]
         luck = draws.take(alone).uniform("place", 3)
         scale = 0.9 + augment * (0.35 * luck[:, 0] - 0.2)
+        if section.scenes.single_side is not None and draws.epoch != _EVALUATION:
+            scale = 0.95 + (min(section.scenes.single_side, 0.95) - 0.95) * luck[:, 0]
         room = np.abs(1 - scale)[:, None] / 2 + 0.03 * augment  # a little over the edge
         centre = 0.5 + (2 * luck[:, 1:] - 1) * room * min(1.0, 2 * augment)
         phrases = self.table.whole(caption[drawing])
@@ -185,6 +195,7 @@ class EmojiPairs(PairData):
             index=torch.from_numpy(draws.indices),
             things=things,
             words=texts.words if truth else None,
+            kind=torch.from_numpy(scene),
         )
 
     def _vary(self, places: Placements, draws: Draws, strength: float) -> Placements:

@@ -31,6 +31,7 @@ from .base import ComposedSplit, PairData, Request
 from .batch import Batch
 from .captions import CaptionTable, token_limit
 from .normalisation import NORMALISATIONS
+from .pair_layouts import lone_surrogate
 from .pictures import Chances, augmented, read_picture, square
 from .randomness import Draws
 from .tokenizer import CaptionTokenizer, open_tokenizer
@@ -225,6 +226,8 @@ def _entries(folder: Path, category: str, split: str) -> Iterator[Asked]:
         texts = entry.get("captions")
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise DataError(f"{where}: its captions are not a list of texts; correct it or remove the entry")
+        if half := next(filter(None, map(lone_surrogate, texts)), None):
+            raise DataError(f"{where}: a caption has {half}; write the whole character, or remove it")
         said = tuple(text.strip() for text in texts if text.strip())
         if not said:
             raise DataError(f"{where}: it has no caption; write one or remove the entry")
@@ -253,6 +256,6 @@ def _name(where: str, key: str, value: Any) -> str:
     """An image's ID, which must not lead out of the folder of images."""
     if not isinstance(value, str) or not value:
         raise DataError(f"{where}: it has no {key}; add the ID of an image or remove the entry")
-    if "/" in value or "\\" in value or value.startswith(".") or "\0" in value:
+    if "/" in value or "\\" in value or value.startswith(".") or "\0" in value or lone_surrogate(value):
         raise DataError(f"{where}: {key} {value[:40]!r} is not the ID of an image; correct it or remove the entry")
     return value

@@ -20,6 +20,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 _EXPECTED = '{"image": ..., "caption": ...}'
 _MAY_BE_NUMBERS = ("group", "category", "subcategory", "image_id")
+_FILES = ("image", "filename", "filepath")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -89,7 +90,22 @@ def _text(where: str, name: str, content: object) -> str | None:
         content = str(content)
     if content is not None and not isinstance(content, str):
         raise DataError(f"{where}: '{name}' is {json.dumps(content)[:40]}; it must be text")
+    if content and (half := lone_surrogate(content)):
+        remedy = "rename the file in UTF-8" if name in _FILES else "write the whole character, or remove it"
+        raise DataError(f"{where}: '{name}' has {half}; {remedy}")
     return content.strip() or None if content else None
+
+
+def lone_surrogate(text: str) -> str | None:
+    """What in a text is no character: JSON may escape one half of a pair of UTF-16, which no file can be written with.
+
+    None where all of it is text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half a character, \\u{ord(text[error.start]):04x}, as number {error.start + 1}"
+    return None
 
 
 def read_json(path: Path) -> tuple[str, Iterator[Entry]]:
@@ -246,6 +262,8 @@ class FolderEntries:
             images_found, texts_found = images_found + len(images), texts_found + len(texts)
             for stem, name in images.items():
                 image = os.path.relpath(os.path.join(place, name), self.folder)
+                if lone_surrogate(image):
+                    raise DataError(f"{self.folder}: the name of {image!r} is not UTF-8; rename it")
                 if stem in texts:
                     yield self._entry(Path(place, f"{stem}.txt"), image)
                 else:

@@ -177,6 +177,9 @@ class FilePairs(PairData):
     def training_split(self) -> FileSplit | None:
         return FileSplit("training pairs", self, self.train) if len(self.train) else None
 
+    def train_labels(self) -> dict[str, np.ndarray]:
+        return {level: names[self.train] for level, names in self._labels.items()}
+
     def training_captions(self) -> list[str]:
         return self._texts
 

@@ -21,20 +21,26 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
 
-def read_picture(path: str, where: str) -> Image.Image:
+def read_picture(path: str, where: str | None = None) -> Image.Image:
     """RGB, upright, transparency on white.
 
     Raises:
-        DataError: a file that is no image or is too large; ``where`` says who named it.
+        DataError: a file that is no image or is too large; ``where`` says what named it, None: the command line.
     """
     try:
         with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
-                raise DataError(f"{where}: image {path} has {file.width} x {file.height} pixels, more than"
-                                f" {MAX_PIXELS >> 20} million; make it smaller or remove it")  # fmt: skip
+                named, remedy = (path, "leave it out") if where is None else (f"{where}: image {path}", "remove it")
+                raise DataError(f"{named} has {file.width} x {file.height} pixels, more than"
+                                f" {MAX_PIXELS >> 20} million; make it smaller or {remedy}")  # fmt: skip
             return on_white(ImageOps.exif_transpose(file))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "it is not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0]
+        # the system's own line would name the file again
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "it is not an image"
+        if where is None:
+            raise DataError(f"{path} cannot be read: {reason}; give another picture, or leave it out") from None
         raise DataError(
             f"{where}: cannot read image {path}: {reason}; replace it, or remove it and start again"
         ) from None

@@ -10,7 +10,7 @@ import torch
 from ..recipe import Recipe
 from .base import CaptionBatch, EvaluationSplit
 from .batch import Batch
-from .emoji_pairs import EmojiPairs, EmojiSplit
+from .emoji_pairs import EmojiPairs
 from .randomness import Draws
 from .tokenizer import CaptionTokenizer
 
@@ -85,13 +85,6 @@ class ScenePairs(EmojiPairs):
         scene = composition.uniform("scene", 1)[:, 0] < (section.fraction or 1.0)
         fresh = len(self.art.captions) + epoch * self.train_size + indices
         return anchors, scene, np.where(scene, fresh, self.art.caption[anchors])
-
-    def training_split(self) -> EmojiSplit:
-        return EmojiSplit("training drawings", self, self.train, np.unique(self.art.caption[self.train]))
-
-    def training_captions(self) -> list[str]:
-        captions = [self.art.captions[i] for i in sorted(set(self.art.caption[self.train].tolist()))]
-        return [" ".join((caption.name, *caption.tags)) for caption in captions]
 
     def name_of(self, index: int) -> str:
         if self.section.scenes.count:

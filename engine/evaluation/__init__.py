@@ -2,6 +2,7 @@
 
 from .batch_pictures import write_batches
 from .caption_gallery import write_caption_gallery
+from .composed_gallery import write_composed_gallery
 from .evaluate import evaluate
 from .gallery import write_gallery
 from .machine import describe_machine
@@ -23,6 +24,7 @@ __all__ = [
     "snapshot_steps",
     "write_batches",
     "write_caption_gallery",
+    "write_composed_gallery",
     "write_gallery",
     "write_reconstructions",
     "write_snapshot",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..beats import beat
 from ..data.batch import Batch
 from ..masking import MaskPlan
 from ..models import Encoded
+from ..models.captioner import Context
 from ..objectives.captioning import image_captioning, low_patches
 from ..objectives.tg_mim import patch_pixels
 from ..recipe import Recipe
@@ -32,17 +34,22 @@ def captioner_measures(
     * ``reconstruction``: L1 on the high patches; ``reconstruction_other``: with another pair's caption, so that the
       difference is what the words are worth; ``reconstruction_mean``: of painting them in the other patches' mean.
     * ``low_on_drawing``, ``low_on_named``: as their namesakes, of the low patches.
+
+    Of one pair alone there is no other, and nothing is said of it.
     """
     found, low = Shares(), Shares()
-    for start in range(0, len(batch), CHUNK):
+    for rows in _chunks(len(batch)):
         beat("evaluation: captions and pixels")
-        part = batch.rows(slice(start, start + CHUNK)).to(device)
+        part = batch.rows(rows).to(device)
         seen, plan = look(model, part)
         words = part.token_mask[:, 1:].sum()
-        context, other = model.context(seen.image), torch.arange(len(part), device=part.images.device).roll(1)
-        aside = type(context)(context.tokens[other], None if context.mask is None else context.mask[other])
-        for name, read in (("caption_loss", context), ("caption_loss_other", aside)):
-            loss = image_captioning(model, seen.text, read, part.token_ids, part.token_mask)["caption"]
+        read = {"caption_loss": model.context(seen.image)}
+        other = torch.arange(len(part), device=part.images.device).roll(1) if len(part) > 1 else None
+        if other is not None:
+            tokens, mask = read["caption_loss"].tokens, read["caption_loss"].mask
+            read["caption_loss_other"] = Context(tokens[other], None if mask is None else mask[other])
+        for name, context in read.items():
+            loss = image_captioning(model, seen.text, context, part.token_ids, part.token_mask)["caption"]
             found.add(name, loss * words, words)
         if model.image_decoder is not None:
             _add_reconstruction(found, model, part, plan, seen.text, other, recipe)
@@ -52,8 +59,18 @@ def captioner_measures(
     return found.result() | of_low
 
 
+def _chunks(count: int) -> Iterator[slice]:
+    """All rows, so many at once that each has another beside it, unless there is but one."""
+    start = 0
+    while start < count:
+        end = min(start + CHUNK, count)
+        end -= end == count - 1
+        yield slice(start, end)
+        start = end
+
+
 def _add_reconstruction(
-    shares: Shares, model: Any, batch: Batch, plan: MaskPlan, text: Encoded, other: Tensor, recipe: Recipe
+    shares: Shares, model: Any, batch: Batch, plan: MaskPlan, text: Encoded, other: Tensor | None, recipe: Recipe
 ) -> None:
     hidden, pixels = plan.image, patch_pixels(batch.images, model.patch_size)
     painted = reconstruct(model, batch, plan, text if recipe.objectives.tg_mim.text else None, recipe)
@@ -61,7 +78,7 @@ def _add_reconstruction(
     seen = (~hidden).float()[..., None]
     mean = (colours * seen).sum(1) / seen.sum(1).clamp(min=1)  # (B, 3)
     guesses = {"reconstruction": painted, "reconstruction_mean": _filled(mean, pixels)}
-    if recipe.objectives.tg_mim.text:
+    if recipe.objectives.tg_mim.text and other is not None:
         wrong = Encoded(text.tokens[other], text.feature[other])
         guesses["reconstruction_other"] = reconstruct(model, batch, plan, wrong, recipe, batch.token_mask[other])
     for name, guess in guesses.items():
@@ -73,7 +90,7 @@ def reconstruct(
 ) -> Tensor:
     """(B, P, 3 patch²) float32: what the image decoder paints everywhere, from the image without its high patches."""
     drop, after = recipe.masking.hidden_patches == "drop", recipe.masking.drop_after
-    encoded = model.encode_image(batch.images, plan.image, drop=drop, drop_after=after)
+    encoded = model.encode_image(batch.images, plan.image, drop=drop, drop_after=after, feature=False)
     painted: Tensor = model.reconstruct(encoded, text, batch.token_mask if mask is None else mask)
     return painted.float()
 

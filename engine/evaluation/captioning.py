@@ -72,7 +72,7 @@ def write_captions(
         beat("evaluation: captioning")
         told("images captioned", start, len(rows))
         batch = split.take(rows[start : start + section.batch_size]).to(device)
-        context = model.context(model.encode_image(batch.images))
+        context = model.context(model.encode_image(batch.images, feature=False))
         found.append(generate(model, context, section, tokenizer, recipe.seed, batch.index))
         texts += [tokenizer.text(ids) for ids in found[-1].token_ids.cpu()]
     references: dict[int, list[str]] = {}

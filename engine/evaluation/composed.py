@@ -27,6 +27,7 @@ from .ranking import blocks, ranks
 
 COMPOSED_CUTS = (1, 10, 50)
 QUERIES = ("query", "image", "text", "sum")
+EXAMPLES, FIRST = 6, 5  # requests of a set that the report shows, and leading candidates of each
 
 
 def composed_retrieval(
@@ -36,8 +37,9 @@ def composed_retrieval(
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """``composed`` of ``evaluation.json``: by split the recalls of each of :data:`QUERIES` as ``r1``, ``r10`` and
-    ``r50``, percentages, what a random order reaches (``chance``), and under ``average`` the mean of splits, where
-    the tables of their source have it. The model must be in evaluation mode."""
+    ``r50``, percentages, what a random order reaches (``chance``), some requests with what was found (``examples``),
+    and under ``average`` the mean of splits, where the tables of their source have it. The model must be in evaluation
+    mode."""
     found: dict[str, Any] = {}
     for name, split in splits.items():
         heading = f"text-guided retrieval: {split.title}"
@@ -74,6 +76,7 @@ def evaluate_composed(
         "candidates": gallery,
         **{kind: _recalls(_ranked(of, keys, right, own)) for kind, of in queries.items()},
         "chance": _chance(right, left, own),
+        "examples": _examples(queries["query"], keys, right, own),
     }
 
 
@@ -120,6 +123,26 @@ def _ranked(queries: Tensor, keys: Tensor, right: Tensor, own: Tensor) -> Tensor
         answers = right[rows].clone()
         answers[has.nonzero()[:, 0], place[has]] = False
         found[rows] = ranks(scores, answers)
+    return found
+
+
+def _examples(queries: Tensor, keys: Tensor, right: Tensor, own: Tensor) -> list[dict[str, Any]]:
+    """At most :data:`EXAMPLES` requests, evenly spread over those that have an answer and so not chosen by how they
+    turned out: ``row``, ``rank`` of the best right candidate from 1, its place in the gallery (``right``), and the
+    places of the candidates that come first (``first``), best first. Further copies of the right picture are left out,
+    so that it stands where its rank says."""
+    candidate = torch.arange(len(keys)) != own[:, None]
+    answers = right & candidate
+    asked = answers.any(1).nonzero()[:, 0]
+    count, wide, found = min(EXAMPLES, len(asked)), keys.double().T, []
+    for row in (int(asked[(2 * i + 1) * len(asked) // (2 * count)]) for i in range(count)):
+        scores = (queries[row].double() @ wide).float().cpu()
+        rights, wrong = answers[row].nonzero()[:, 0], (candidate[row] & ~right[row]).nonzero()[:, 0]
+        best = int(rights[scores[rights].argmax()])
+        order = wrong[scores[wrong].argsort(descending=True, stable=True)].tolist()
+        before = int((~(scores[wrong] < scores[best])).sum())  # as ranks(): ties and NaN are lost
+        order.insert(before, best)
+        found.append({"row": row, "rank": before + 1, "right": best, "first": order[:FIRST]})
     return found
 
 

@@ -129,7 +129,7 @@ def match_logits(
             rows = torch.zeros(len(words), 1, dtype=torch.long, device=device) if first else None
             fused = model.fuse(words, mask, projected, image_index=[None] * parts, rows=rows)
             logits[chosen] = model.match_logits(fused.tokens, mask).float().cpu()
-            done += len(chosen)
+            done += len(chosen.unique())  # of a pair that fills a part up, one
     return logits
 
 

@@ -18,7 +18,7 @@ from .composed import composed_retrieval
 from .machine import describe_machine
 from .masks import Look, mask_measures
 from .matching import match_measures
-from .recognition import recognition
+from .recognition import classifier_missing, recognition
 from .retrieval import evaluate_split
 
 PROBE_PAIRS = 128  # singles and scenes each, in a mid-run probe
@@ -126,12 +126,14 @@ def further(
     device: torch.device | str,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """What ``evaluation.json`` has beyond retrieval: ``recognition`` where the recipe asks for it, ``composed`` where
-    the data have triplets, ``captioning`` and ``zero_shot`` as :func:`written` has them. For a model in evaluation
-    mode."""
+    """What ``evaluation.json`` has beyond retrieval: ``recognition`` where the recipe asks for probes, or trains a
+    classifier and the model has it, ``composed`` where the data have triplets, ``captioning`` and ``zero_shot`` as
+    :func:`written` has them. For a model in evaluation mode."""
     found = written(model, data, recipe, device, progress)
-    if recipe.evaluation.recognition:
-        found["recognition"] = recognition(model, data, device, recipe.seed, progress)
+    probes = recipe.evaluation.recognition
+    own = recipe.objectives.recognition.weight > 0 and classifier_missing(model, data, recipe) is None
+    if probes or own:
+        found["recognition"] = recognition(model, data, device, recipe.seed, progress, probes=probes, classifier=own)
     if data.composed and not hasattr(model, "composed_feature"):
         raise RecipeError(
             f"data.source: {recipe.data.source} asks with image and words fused, and this model has no fusion encoder;"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from .composed import COMPOSED_CUTS, QUERIES
+from .composed import COMPOSED_CUTS
+from .composed_gallery import ASKED_WITH, percent
+from .recognition_rows import all_remarks, by_what, recognised
 
-_ROWS = {
-    "query": "image and words", "image": "image alone", "text": "words alone", "sum": "sum of both", "chance": "chance",
-}  # fmt: skip
+MAJORITY = 20  # characters of a class's name in a table's row
 
 
 def print_further(evaluation: Mapping[str, Any], console: Console) -> None:
@@ -25,42 +27,28 @@ def print_further(evaluation: Mapping[str, Any], console: Console) -> None:
 
 
 def _print_recognition(found: Mapping[str, Any], console: Console) -> None:
-    console.print("\n[bold]Recognition by linear probes[/] on the frozen model, % accuracy / macro-F1")
+    console.print(f"\n[bold]Recognition[/] by {by_what(found)}")
+    console.print("  accuracy / macro-F1 on held-out images, %", highlight=False, style="dim")
+    splits = list(dict.fromkeys(name for of in found.values() for name in of["splits"]))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in splits:
+        table.add_column(name, justify="right", no_wrap=True)
     for level, of in found.items():
-        splits = of["splits"]
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-        table.add_column(f"{level}: {of['classes']} classes", no_wrap=True)
-        for name in splits:
-            table.add_column(name, justify="right", no_wrap=True)
-        for feature, probe in of["features"].items():
-            table.add_row(feature, *(_both(probe["splits"][name]) for name in splits))
-        majority = (_both(split["majority"]) for split in splits.values())
-        table.add_row(f"always {of['majority']!r}", *majority, style="dim")
-        console.print(table)
-        for line in remarks(of):
-            console.print(f"  {line}", highlight=False, markup=False, style="dim")
+        table.add_row(f"{level}: {of['classes']:,} classes", style="bold")
+        for row, scores in recognised(of).items():
+            table.add_row(f"  {row}", *(_both(scores.get(name)) for name in splits))
+        majority = {name: split["majority"] for name, split in of["splits"].items()}
+        largest = of["majority"] if len(of["majority"]) <= MAJORITY else f"{of['majority'][: MAJORITY - 1]}…"
+        cells = (_both(majority.get(name)) for name in splits)
+        table.add_row(Text(f"  always {largest!r}"), *cells, style="dim", end_section=True)
+    console.print(table)
+    for line in all_remarks(found):
+        console.print(f"  {line}", highlight=False, markup=False, style="dim")
 
 
-def remarks(level: Mapping[str, Any]) -> list[str]:
-    """What a reader should know of one level: what was unseen, unlabelled or rare."""
-    lines = []
-    for name, split in level["splits"].items():
-        if split["unseen_images"]:
-            lines.append(
-                f"{name}: {split['unseen_images']} of {split['images']} images are of {split['unseen_classes']} classes"
-                " without a training image: always wrong"
-            )
-        if split["unlabelled"]:
-            lines.append(f"{name}: {split['unlabelled']} images without a class are left out")
-        if not split["images"]:
-            lines.append(f"{name}: no image has a class, so all figures are 0")
-    if level["single"]:
-        lines.append(f"{level['single']} of the classes have one training image")
-    return lines
-
-
-def _both(score: Mapping[str, float]) -> str:
-    return f"{score['accuracy']:.1f} / {score['macro_f1']:.1f}"
+def _both(scores: Mapping[str, float] | None) -> str:
+    return "–" if scores is None else f"{scores['accuracy']:.1f} / {scores['macro_f1']:4.1f}"
 
 
 def _print_composed(found: Mapping[str, Any], console: Console) -> None:
@@ -71,10 +59,10 @@ def _print_composed(found: Mapping[str, Any], console: Console) -> None:
     for cut in COMPOSED_CUTS:
         table.add_column(f"R@{cut}", justify="right", no_wrap=True)
     for name, split in found.items():
-        size = f": {split['triplets']:,} of {split['candidates']:,}" if "triplets" in split else ""
-        console.print(f"  {name}: {split['title']}{size}", highlight=False, markup=False, style="dim")
-        for i, kind in enumerate((*QUERIES, "chance")):
-            values = [f"{split[kind][f'r{cut}']:.1f}" for cut in COMPOSED_CUTS]
-            style = "bold" if i == 0 else "dim" if kind == "chance" else ""
-            table.add_row(name if i == 0 else "", _ROWS[kind], *values, style=style, end_section=kind == "chance")
+        console.print(f"  {name}: {split['title']}", highlight=False, markup=False, style="dim")
+        sizes = [f"{split['triplets']:,} requests", f"{split['candidates']:,} images"] if "triplets" in split else []
+        for kind, what in zip_longest(ASKED_WITH, (name, *sizes), fillvalue=""):
+            values = [percent(split[kind][f"r{cut}"]) for cut in COMPOSED_CUTS]
+            style = "bold" if kind == "query" else "dim" if kind == "chance" else ""
+            table.add_row(what, ASKED_WITH[kind], *values, style=style, end_section=kind == "chance")
     console.print(table)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .orders import SCORES
+from .recognition_rows import recognised
 from .run_folder import Record, series
 
 if TYPE_CHECKING:
@@ -159,6 +160,12 @@ def retrieval_chart(splits: Mapping[str, Any], cut: str = "r1", sampled: bool = 
     return _figure(lambda ax: _draw_retrieval(ax, found, cut), *WIDE, grid_axis="y") if found else None
 
 
+def recognition_chart(found: Mapping[str, Any]) -> Figure | None:
+    """Accuracy per level and split: a bar per feature, the majority class as a dark line across the group. ``found`` is
+    ``recognition`` of ``evaluation.json``; ``None`` where it is empty."""
+    return _figure(lambda ax: _draw_recognition(ax, found), *WIDE, grid_axis="y") if found else None
+
+
 def overview(train: Sequence[Record], probes: Sequence[Record]) -> Figure | None:
     """All curves on one sheet, for a README."""
     losses = [
@@ -290,6 +297,37 @@ def _draw_retrieval(ax: Axes, splits: Mapping[str, Any], cut: str) -> None:
     ax.set_ylim(0, top * 1.25)
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:g} %")
     ax.legend(loc="upper right", ncols=3, fontsize=8.5, frameon=False, borderaxespad=0.1)
+
+
+def _draw_recognition(ax: Axes, levels: Mapping[str, Any]) -> None:
+    rows = list(dict.fromkeys(name for level in levels.values() for name in recognised(level)))
+    colours = dict(zip(rows, ("c1", "c3", "c4", "c2", "c5") * len(rows), strict=False))
+    labels: list[str] = []
+    ticks: list[float] = []
+    centre, width, top = 0.0, 0.8 / max(2, len(rows)), 1.0
+    for level, of in levels.items():
+        for name, split in of["splits"].items():
+            bars = [(row, found[name]["accuracy"]) for row, found in recognised(of).items() if name in found]
+            for i, (row, value) in enumerate(bars):
+                x = centre + (i - (len(bars) - 1) / 2) * width
+                ax.bar(x, value, width * 0.92, color=COLOURS[colours[row]], label=row if not ticks else None)
+                ax.annotate(
+                    f"{value:.0f}", (x, value), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8.5,
+                    color=COLOURS["ink"],
+                )  # fmt: skip
+                top = max(top, value)
+            ax.hlines(
+                split["majority"]["accuracy"], centre - 0.45, centre + 0.45, color=COLOURS["ink"], lw=2,
+                label="majority class" if not ticks else "_", zorder=3,
+            )  # fmt: skip
+            labels.append(f"({name}) {level}")
+            ticks.append(centre)
+            centre += 1.0
+        centre += 0.35
+    ax.set_xticks(ticks, labels, fontsize=8.5)
+    ax.set_ylim(0, top * 1.25)
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:g} %")
+    ax.legend(loc="upper right", ncols=len(rows) + 1, fontsize=8.5, frameon=False, borderaxespad=0.1)
 
 
 def _figure(draw: Callable[[Axes], None], width: float, height: float, grid_axis: str = "both") -> Figure:

@@ -1,8 +1,9 @@
-"""Category and sub-category recognition by linear probes on what the frozen model says of images, texts and pairs.
+"""Category and sub-category recognition: by the classifier that was fine-tuned with the model, and by linear probes.
 
-SyncMask (Song et al., CVPR 2024) fine-tunes a linear classifier together with the model on the fused representation.
-A probe leaves the model as it is, which is quick and says what pre-training itself has learned; its figures are not
-comparable with published ones.
+SyncMask (Song et al., CVPR 2024) fine-tunes a linear classifier together with the model on the fused representation
+(``objectives.recognition``). A probe is fitted on what the frozen model says of images, texts and pairs: it leaves the
+model as it is, which is quick and says what training itself has learned; its figures are not comparable with published
+ones.
 
 Classes are those of the training set. An image of a class that training has not can only be wrong, and is counted;
 images without a class are left out and counted.
@@ -10,7 +11,7 @@ images without a class are left out and counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,30 @@ from torch import Tensor
 
 from ..beats import beat
 from ..data.base import EvaluationSplit, PairData
-from ..data.classes import classes_of, require_classes
+from ..data.classes import Classes, classes_of, require_classes
+from ..recipe import Recipe
 from .embedding import BATCH, Progress
 from .linear_probe import choose_probe, scores
 
 UNSEEN = 2**31  # from here on stand numbers of classes that training has not
 Features = dict[str, Tensor]  # "image", "text" and "fused", each (N, width) float32
+
+
+def classifier_missing(model: Any, data: PairData, recipe: Recipe) -> str | None:
+    """Why a recipe with ``objectives.recognition`` cannot have the model's own classifier evaluated, in one line; None
+    where it can."""
+    column, classifier = recipe.objectives.recognition.column, getattr(model, "classifier", None)
+    training = data.training_split()
+    if classifier is None:
+        return "the model has no classifier: fine-tune it with recipes/recognition-emoji.yaml or one like it"
+    if (own := classifier.classes.column) != column:
+        return (
+            f"the model's classifier is of the column {own}, not {column}: set objectives.recognition.column to {own}"
+        )
+    trained = () if training is None else classes_of(training.labels.get(column, np.array([])))
+    if not trained or not any(column in split.labels for split in data.splits.values()):
+        return f"the data have no column {column} that the model's classifier could be held against: add it"
+    return None
 
 
 def recognition(
@@ -33,24 +52,55 @@ def recognition(
     device: torch.device | str,
     seed: int,
     progress: Callable[[str], None] = lambda text: None,
+    *,
+    probes: bool = True,
+    classifier: bool = False,
 ) -> dict[str, Any]:
     """``recognition`` of ``evaluation.json``: by level (``category``, ``subcategory``) what there is to recognise, and
-    by feature (``image``, ``text``, ``fused``) the accuracy and macro-F1 of each split; percentages.
+    the accuracy and macro-F1 of each split, percent: with ``probes`` by feature (``image``, ``text``, ``fused``), with
+    ``classifier`` under ``fine_tuned`` those of the model's own on image and text fused, for its column.
 
-    The model must be in evaluation mode. Raises DataError where the training data have no two classes.
+    The model must be in evaluation mode, and for ``classifier`` there is no :func:`classifier_missing`. Raises
+    DataError where ``probes`` are asked for and the training data have no two classes.
     """
     training = data.training_split()
-    levels = require_classes(training, data.splits)
+    levels = require_classes(training, data.splits) if probes else []
     assert training is not None
+    own: Classes | None = model.classifier.classes if classifier else None
     told = Progress(progress)
-    progress("recognition: encoding the training pairs")
-    train = represent(model, training, device, told)
+    train: Features = {}
+    if probes:
+        progress("recognition: encoding the training pairs")
+        train = represent(model, training, device, told)
     tests = {name: represent(model, split, device, told) for name, split in data.splits.items()}
     found = {}
-    for level in levels:
-        progress(f"recognition: fitting probes of the {level}")
-        found[level] = _recognise(level, training, train, data.splits, tests, seed)
+    for level in dict.fromkeys([*levels, *([] if own is None else [own.column])]):
+        progress(f"recognition: fitting probes of the {level}" if level in levels else "recognition")
+        found[level] = _recognise(level, training, train if level in levels else {}, data.splits, tests, seed)
+    if own is not None:
+        found[own.column]["fine_tuned"] = _fine_tuned(model, own, data.splits, tests)
     return found
+
+
+@torch.no_grad()
+def _fine_tuned(
+    model: Any, classes: Classes, splits: Mapping[str, EvaluationSplit], tests: Mapping[str, Features]
+) -> dict[str, Any]:
+    """What the model's own classifier gets; classes that it does not know count as ever."""
+    asked = _asked(classes.column, classes.names, splits)
+    result: dict[str, Any] = {"classes": len(classes.names), "splits": {}}
+    for name, (true, rows) in asked.items():
+        fused = tests[name]["fused"]
+        said = model.classifier(fused[rows.to(fused.device)].to(model.dtype)).argmax(1).cpu()
+        result["splits"][name] = {"unseen_images": int((true >= UNSEEN).sum()), **scores(said, true)}
+    return result
+
+
+def _asked(
+    level: str, classes: Sequence[str], splits: Mapping[str, EvaluationSplit]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """:func:`_numbered` of every split that has the level."""
+    return {name: _numbered(split.labels[level], classes) for name, split in splits.items() if level in split.labels}
 
 
 def _recognise(
@@ -65,7 +115,7 @@ def _recognise(
     target, kept = _numbered(training.labels[level], classes)
     counts = torch.bincount(target, minlength=len(classes))
     majority = int(counts.argmax())
-    asked = {name: _numbered(split.labels[level], classes) for name, split in splits.items() if level in split.labels}
+    asked = _asked(level, classes, splits)
     result: dict[str, Any] = {
         "classes": len(classes),
         "images": len(target),
@@ -100,7 +150,7 @@ def _recognise(
     return result
 
 
-def _numbered(names: np.ndarray, classes: list[str]) -> tuple[Tensor, Tensor]:
+def _numbered(names: np.ndarray, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
     """(M,) int64, the classes of the images that have one, and (N,) bool, which these are."""
     number = {name: i for i, name in enumerate(classes)}
     for name in classes_of(names):

@@ -14,10 +14,13 @@ from . import plots
 from .batch_pictures import read_batches
 from .caption_gallery import SCORES as SCORES_OF_CAPTIONS
 from .caption_gallery import caption_rows, class_rows, read_captions
+from .composed import COMPOSED_CUTS
+from .composed_gallery import ASKED_WITH, composed_card, composed_rows, read_composed
 from .mask_history import history, read_snapshots
 from .matching import ITM_PRIOR
 from .orders import SCORES, orders
 from .ranking import CUTS, rsum
+from .recognition_rows import all_remarks, by_what, recognition_table
 from .reconstructions import read_reconstructions
 from .run_folder import Record, Run, read_run, series
 from .summary import legend
@@ -44,6 +47,7 @@ def build_report(run_dir: Path | str) -> Path:
 
     run = read_run(run_dir)
     splits = run.evaluation.get("splits", {})
+    recognition = run.evaluation.get("recognition", {})
     snapshots = read_snapshots(run.path)
     source = run.recipe.get("data", {}).get("source", "emoji") if run.recipe else ""
     environment = jinja2.Environment(
@@ -72,6 +76,15 @@ def build_report(run_dir: Path | str) -> Path:
         caption_rows=caption_rows(run.evaluation),
         caption_scores=list(SCORES_OF_CAPTIONS.values()),
         class_rows=class_rows(run.evaluation),
+        recognition=_svg(plots.recognition_chart(recognition), "recognition"),
+        recognition_rows=recognition_table(recognition),
+        recognition_levels=[f"{name}, {level['classes']:,} classes" for name, level in recognition.items()],
+        recognised_by=by_what(recognition),
+        remarks=all_remarks(recognition),
+        composed=read_composed(run.path),
+        composed_rows=composed_rows(run.evaluation),
+        composed_cuts=COMPOSED_CUTS,
+        asked_with=list(ASKED_WITH.values()),
         reconstructions=read_reconstructions(run.path),
         history_grid=snapshots[0]["grid"] if snapshots else [1, 1],
         scale=plots.heat_scale([pair["attention"] for pair in run.gallery.get("pairs", [])]),
@@ -158,7 +171,7 @@ def _time_shares(seconds: Mapping[str, float]) -> str:
 
 
 def _cards(run: Run) -> list[dict[str, Any]]:
-    cards = []
+    cards = [composed_card(run.evaluation)] if run.evaluation.get("composed") else []
     for name, split in run.evaluation.get("splits", {}).items():
         r1, luck = split["i2t"]["r1"], split["chance_r1"]
         best, how = r1, "features alone"

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..beats import beat
 from ..data.base import EvaluationSplit
 from ..data.classes import classes_of
+from ..data.pair_layouts import lone_surrogate
 from ..data.tokenizer import CaptionTokenizer
 from ..errors import RecipeError
 from .embedding import BATCH, Progress
@@ -77,6 +78,9 @@ def read_prompts(file: Path) -> Prompts:
     for template in templates:
         if not isinstance(template, str) or template.count("{}") != 1:
             raise RecipeError(f"{where}: template {template!r} must have {{}} once, where the name goes")
+    for text in (*templates, *named, *(name for given in named.values() for name in given)):
+        if half := lone_surrogate(text):
+            raise RecipeError(f"{where}: {text[:40]!r} has {half}; write the whole character, or remove it")
     return Prompts(level, {name: tuple(given) for name, given in named.items()}, tuple(templates))
 
 

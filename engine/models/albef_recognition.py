@@ -156,17 +156,21 @@ def _refuse(
     where: str, missing: Sequence[str], foreign: Sequence[str], others: Sequence[str], more: bool = False
 ) -> None:
     """``more``: no more than the first that are missing were looked for."""
-    told = [f"{len(names)}{' or more' if more and what == 'missing' else ''} {what} ({some_names(names)})"
-            for names, what in ((missing, "missing"), (foreign, "foreign")) if names]  # fmt: skip
-    told += [f"{len(others)} of another shape or type ({some_names(others)})"] if others else []
     hint = next((hint for begin, hint in _STRANGERS.items() if any(name.startswith(begin) for name in foreign)), None)
     raise CheckpointError(
-        f"{where} is no checkpoint in ALBEF's layout: of its names {', '.join(told)}; "
+        f"{where} is no checkpoint in ALBEF's layout: {differences(missing, foreign, others, more)}; "
         + (hint or "give one of ALBEF for pre-training or retrieval")
     )
 
 
-def some_names(names: Sequence[str]) -> str:
+def differences(missing: Sequence[str], foreign: Sequence[str], others: Sequence[str], more: bool = False) -> str:
+    """How the names of a state dict differ from a layout's; ``others``: those of another shape or type, told whole."""
+    kinds = ((missing, " or more missing" if more else " missing"), (foreign, " foreign"),
+             (others, " of another shape or type"))  # fmt: skip
+    return f"of its names {', '.join(f'{len(n)}{kind} ({_some(n)})' for n, kind in kinds if n)}"
+
+
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 

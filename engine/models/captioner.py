@@ -7,7 +7,7 @@ from the image tower's mask token and the image decoder, which SyCoCa adds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from .captioner_text import CausalTextTower
 from .dropping import restore
 from .fusion import KeyValue
 from .vision import ImageTower
-from .vision_language import Encoded, masked_mean
+from .vision_language import Encoded, pool_patches
 
 T = TypeVar("T")
 
@@ -134,9 +134,12 @@ class CaptioningModel(nn.Module):
         drop_after: int = 0,
         visible_count: int | None = None,
         attention: bool = False,
+        feature: bool = True,
     ) -> Encoded:
         """(B, 3, H, W) -> tokens (B, 1 + P, image width), CLS first, and the feature. ``patch_mask`` (B, P) bool hides
-        patches; ``drop``, ``drop_after``, ``visible_count``, ``attention`` as in ``VisionLanguageModel``."""
+        patches; ``drop``, ``drop_after``, ``visible_count``, ``attention`` as in ``VisionLanguageModel``.
+
+        Without ``feature`` the tokens alone: no pooler runs, for who does not contrast."""
         seen = self.image(
             images.to(self.dtype),
             patch_mask,
@@ -145,22 +148,22 @@ class CaptioningModel(nn.Module):
             visible_count=visible_count,
             attention_of=self.pool if attention else None,
         )
-        encoded = Encoded(seen.tokens, seen.tokens.new_zeros(()), seen.visible, seen.attention)
-        feature = F.normalize(self.image_projection(self._pooled(encoded)).float(), dim=-1)
-        return Encoded(seen.tokens, feature, seen.visible, seen.attention)
+        none = seen.tokens.new_zeros(len(seen.tokens), 0, dtype=torch.float32)
+        encoded = Encoded(seen.tokens, none, seen.visible, seen.attention)
+        if not feature:
+            return encoded
+        if self.kind in ("single", "cascade"):  # the text decoder may read what the feature is made of
+            encoded = replace(encoded, pooled=self._read(encoded))
+        return replace(encoded, feature=F.normalize(self.image_projection(self._pooled(encoded)).float(), dim=-1))
 
     def _pooled(self, encoded: Encoded) -> Tensor:
         """(B, width): what stands for the image in ITC, before its projection."""
-        tokens, mask = encoded.tokens, encoded.image_mask
-        if self.kind == "single":
-            return self._read(encoded)[:, 0]
-        if self.kind == "cascade":
-            return self.contrast_pooler(self.pooler(tokens, mask))[:, 0]
         if self.kind == "parallel":
-            return self.contrast_pooler(tokens, mask)[:, 0]
-        if self.pool == "cls":
-            return tokens[:, 0]
-        return masked_mean(tokens[:, 1:], None if encoded.visible is None else encoded.visible.valid)
+            return self.contrast_pooler(encoded.tokens, encoded.image_mask)[:, 0]
+        if encoded.pooled is None:
+            return pool_patches(encoded.tokens, encoded.visible, self.pool)
+        read = encoded.pooled if self.kind == "single" else self.contrast_pooler(encoded.pooled)
+        return read[:, 0]
 
     def _read(self, encoded: Encoded, mask: Tensor | None = None) -> Tensor:
         """(B, queries, width): what the pooler's queries read; ``mask`` (B, N) bool, default all that is visible."""
@@ -174,7 +177,7 @@ class CaptioningModel(nn.Module):
             raise ValueError("hidden is for images whose patches were all encoded")
         if self.kind is not None:
             mask = None if hidden is None else F.pad(~hidden, (1, 0), value=True)
-            read = self._read(encoded, mask)
+            read = self._read(encoded, mask) if mask is not None or encoded.pooled is None else encoded.pooled
             return Context(read[:, 1:] if self.kind == "single" else read)
         patches = encoded.tokens[:, 1:]
         if hidden is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..recipe import ModelSection
-from .albef_recognition import count_blocks, mlp_ratio, some_names
+from .albef_recognition import count_blocks, differences, mlp_ratio
 from .open_clip_layout import DECODER_RATIO, HEAD_WIDTH, POOLER_HEADS, SCALE, OpenClipLayout
 
 _STRANGERS = {  # how a name begins -> what that is
@@ -131,18 +131,15 @@ def _section(where: str, values: dict[str, Any]) -> ModelSection:
 
 
 def _compare(
-    where: str, missing: list[str], foreign: list[str], names: list[str], others: list[str] | None = None,
-    more: bool = False,
+    where: str, missing: list[str], foreign: list[str], names: list[str], others: Sequence[str] = (), more: bool = False
 ) -> NoReturn:  # fmt: skip
-    told = [f"{len(found)}{' or more' if more and what == 'missing' else ''} {what} ({some_names(found)})"
-            for found, what in ((missing, "missing"), (foreign, "foreign")) if found]  # fmt: skip
-    told += [f"{len(others)} of another shape ({some_names(others)})"] if others else []
     hint = next((hint for begin, hint in _STRANGERS.items() if any(name.startswith(begin) for name in names)), None)
     if hint is None and any(".ls_1." in name for name in names):
         hint = "it has layer scales, which are not supported"
     if hint is None and missing and not foreign and not others:
         hint = "the file is not whole: save or download it again"
-    _refuse(where, f"of its names {', '.join(told)}; {hint or 'give one of coca_ViT-B-32 or coca_ViT-L-14, or alike'}")
+    told = differences(missing, foreign, others, more)
+    _refuse(where, f"{told}; {hint or 'give one of coca_ViT-B-32 or coca_ViT-L-14, or alike'}")
 
 
 def _refuse(where: str, problem: str) -> NoReturn:

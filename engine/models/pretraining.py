@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..data.classes import Classes
 from ..recipe import MaskingSection, ModelSection, ObjectivesSection
 from .dropping import restore
 from .vision_language import Encoded, VisionLanguageModel
@@ -81,13 +82,16 @@ class PretrainingModel(nn.Module):
         mask_network: nn.Module | None = None,
         pad_id: int = 0,
         mask_id: int = 4,
+        classes: Classes | None = None,
     ) -> None:
         """``masking`` says whether hidden patches are left out, which the decoder has to make up for, and whether the
         block in which patches read the words is mirrored by the teacher; default neither. ``mask_network``, ``pad_id``,
-        ``mask_id``: see :class:`VisionLanguageModel`."""
+        ``mask_id``, ``classes``: see :class:`VisionLanguageModel`."""
         super().__init__()
         reader = build_word_reader(section, masking)
-        self.model = VisionLanguageModel(section, vocabulary_size, max_length, pad_id, mask_network, mask_id, reader)
+        self.model = VisionLanguageModel(
+            section, vocabulary_size, max_length, pad_id, mask_network, mask_id, reader, classes
+        )
         # One element, not none: DeepSpeed cannot broadcast a 0-d parameter.
         self.temperature = nn.Parameter(torch.tensor([objectives.itc.temperature]))
         drops = masking is not None and masking.hidden_patches == "drop"

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from crossmask.kernels.linear import use_linear
 
+from ..data.classes import Classes
 from ..recipe import ModelSection
+from .classifier import Classifier
 from .dropping import Visible
 from .fusion import BERT_EPS, Fused, FusionEncoder, ImageIndex, KeyValue, Rows
 from .text import TextTower
@@ -25,9 +27,10 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Encoded:
     tokens: Tensor  # (B, N, width) in the tower's dtype
-    feature: Tensor  # (B, E) float32, length 1
+    feature: Tensor  # (B, E) float32, length 1; (B, 0) where it was not asked for
     visible: Visible | None = None  # of an image whose hidden patches were left out: N = 1 + V, CLS and what was kept
     attention: Tensor | None = None  # (B, P) float32: how much of the last block's attention each patch gets
+    pooled: Tensor | None = None  # (B, queries, width): what a captioner's pooler read of an image's visible tokens
 
     @property
     def image_mask(self) -> Tensor | None:
@@ -37,8 +40,8 @@ class Encoded:
     def rows(self, which: slice) -> Encoded:
         """The same of some samples."""
         visible = None if self.visible is None else self.visible.rows(which)
-        attention = None if self.attention is None else self.attention[which]
-        return Encoded(self.tokens[which], self.feature[which], visible, attention)
+        attention, pooled = (None if x is None else x[which] for x in (self.attention, self.pooled))
+        return Encoded(self.tokens[which], self.feature[which], visible, attention, pooled)
 
 
 class VisionLanguageModel(nn.Module):
@@ -57,10 +60,12 @@ class VisionLanguageModel(nn.Module):
         mask_network: nn.Module | None = None,
         mask_id: int = 4,
         word_reader: WordReader | None = None,
+        classes: Classes | None = None,
     ) -> None:
         """``mask_network``: a mask policy's own module (B, P, image width) -> (B, P); student and teacher get one each.
         ``pad_id``, ``mask_id``: the words [PAD] and [MASK] of the tokenizer. ``word_reader``: the block in which
-        patches read the words, where masks are chosen by it; one each, too."""
+        patches read the words, where masks are chosen by it; one each, too. ``classes``: what its classifier tells
+        apart; default there is none."""
         super().__init__()
         width, fusion = section.text.width, section.fusion
         self.pool = section.pool
@@ -74,6 +79,7 @@ class VisionLanguageModel(nn.Module):
         self.word_bias = nn.Parameter(torch.zeros(vocabulary_size))
         self.mask_network = mask_network
         self.word_reader = word_reader
+        self.classifier = None if classes is None else Classifier(width, classes)
         if fusion.norm == "post":
             self.fusion.apply(begin_as_bert)
         use_linear(self)
@@ -124,9 +130,7 @@ class VisionLanguageModel(nn.Module):
 
     def pool_image(self, tokens: Tensor, visible: Visible | None = None) -> Tensor:
         """(B, N, width), [CLS] first -> (B, width): what stands for an image, before its projection."""
-        if self.pool == "cls":
-            return tokens[:, 0]
-        return tokens[:, 1:].mean(1) if visible is None else masked_mean(tokens[:, 1:], visible.valid)
+        return pool_patches(tokens, visible, self.pool)
 
     def encode_text(
         self, token_ids: Tensor, token_mask: Tensor, hidden: Tensor | None = None, links: Tensor | None = None
@@ -252,6 +256,13 @@ def begin_as_bert(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def pool_patches(tokens: Tensor, visible: Visible | None, pool: str) -> Tensor:
+    """(B, N, width) of an image, [CLS] first -> (B, width): [CLS], or the mean of the patches that are visible."""
+    if pool == "cls":
+        return tokens[:, 0]
+    return masked_mean(tokens[:, 1:], None if visible is None else visible.valid)
 
 
 def masked_mean(tokens: Tensor, valid: Tensor | None) -> Tensor:

@@ -70,4 +70,5 @@ def build_word_reader(section: ModelSection, masking: MaskingSection | None) -> 
     if masking is None or not reads_words(masking):
         return None
     image, drops = section.image, masking.hidden_patches == "drop"
-    return WordReader(image.width, section.text.width, image.heads, drops, section.fusion.qk_norm)
+    with torch.random.fork_rng(devices=[]):  # so that the rest begins as it does without the block
+        return WordReader(image.width, section.text.width, image.heads, drops, section.fusion.qk_norm)

@@ -7,6 +7,7 @@ from .masked_words import MaskedWords
 from .masks import RunMasks, Seen
 from .mim import masked_image_modelling
 from .mlm import masked_language_modelling
+from .recognition import recognise
 from .views import Keys, StudentView, TeacherView, Terms, look
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "look",
     "masked_image_modelling",
     "masked_language_modelling",
+    "recognise",
     "text_guided_retrieval",
 ]

@@ -51,4 +51,4 @@ def caption_context(
     if how == "drop":
         return model.context(image, low_patches(plan))
     drop, after = recipe.masking.hidden_patches == "drop", recipe.masking.drop_after
-    return model.context(model.encode_image(images, low_patches(plan), drop=drop, drop_after=after))
+    return model.context(model.encode_image(images, low_patches(plan), drop=drop, drop_after=after, feature=False))

@@ -22,6 +22,7 @@ def draw_negatives(
     rows: int,
     hardness: float,
     draws: Draws,
+    kind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each of the first ``rows`` texts an image, and for each of those images a text, that do not belong to it.
 
@@ -37,6 +38,8 @@ def draw_negatives(
         hardness: draw in proportion to softmax(hardness * similarity / temperature): 0 uniformly, 1 as ALBEF does.
             Beginning with easy negatives is our addition, for training from scratch.
         draws: of the batch's samples; a row's noise is that of its sample.
+        kind: (B,) a negative is of the same kind. Where drawings alone and scenes share a batch, a caption of one and
+            an image of the other are told apart by counting, and matching would learn to count and nothing else.
 
     Returns:
         (rows,) indices of images, (rows,) indices of texts, (rows,) bool: whether there is a legal negative on both
@@ -46,6 +49,8 @@ def draw_negatives(
     keys = torch.stack([teacher.image_feature, teacher.text_feature])
     z = hardness * (queries @ keys.mT).float() / temperature  # (2, rows, B)
     illegal = (group_id[:rows, None] == group_id[None, :]) | ~z.isfinite()
+    if kind is not None:
+        illegal |= kind[:rows, None] != kind[None, :]
     z = z.masked_fill(illegal, -torch.inf)
     noise = Draws(draws.seed, draws.step, draws.index[:rows]).uniform("negatives", 2, len(group_id)).transpose(0, 1)
     images, texts = (z - (-noise.log()).log()).argmax(2).unbind(0)
@@ -63,16 +68,17 @@ def image_text_matching(
     draws: Draws,
     hardness: float = 1.0,
     head_mask: Tensor | None = None,
+    kind: Tensor | None = None,
 ) -> Terms:
     """ITM of ALBEF: a pair, the same text with a negative image, the same image with a negative text.
 
     Gradients reach the negatives too. A pair for which no negative exists is left out, and with it its own match, which
     would teach to say yes; a batch without any negative gives 0 with a live graph. ``token_mask`` (B, L), ``group_id``
-    (B,); ``head_mask`` (layers, H) bool says which heads of the fusion encoder's cross-attention are on.
+    and ``kind`` (B,); ``head_mask`` (layers, H) bool says which heads of the fusion encoder's cross-attention are on.
     """
     assert student.image_keys is not None
     tau = temperature.detach().float().clamp(0.001, 0.5)
-    images, texts, legal = draw_negatives(student, view, group_id, tau, rows, hardness, draws)
+    images, texts, legal = draw_negatives(student, view, group_id, tau, rows, hardness, draws, kind)
     own = torch.arange(rows, device=group_id.device)
     text_index = torch.cat([own, own, texts])
     text_mask = token_mask[text_index]

@@ -61,7 +61,8 @@ def compute_captioner_losses(
         if plan is not None and section.tg_mim.weight > 0:
             hidden = plan.image
             drop = recipe.masking.hidden_patches == "drop"
-            masked = model.encode_image(part.images, hidden, drop=drop, drop_after=recipe.masking.drop_after)
+            after = recipe.masking.drop_after
+            masked = model.encode_image(part.images, hidden, drop=drop, drop_after=after, feature=False)
             guide = words if section.tg_mim.text else None
             terms |= text_guided_image_modelling(model, part.images, hidden, masked, guide, part.token_mask)
         terms |= {} if plan is None else mask_shares(plan)

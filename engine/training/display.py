@@ -25,9 +25,10 @@ REFRESH_PER_S = 4
 CELL = 11  # columns of one number
 LOSSES = {
     "loss": "total", "itc": "itc", "itm": "itm", "mlm": "mlm", "mim": "mim", "caption": "ic", "tg_mim": "tg-mim",
-    "composed": "composed",
+    "composed": "composed", "recognition": "classes",
 }  # fmt: skip
 FUSION_LOSSES, CAPTIONER_LOSSES = frozenset(("itm", "mlm", "mim")), frozenset(("caption", "tg_mim"))
+FINE_TUNING = frozenset(("composed", "recognition"))
 
 _QUIET_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -208,7 +209,8 @@ class TrainingDisplay:
         assert self._progress is not None
         v = self._values
         absent = FUSION_LOSSES if v.keys() & CAPTIONER_LOSSES else CAPTIONER_LOSSES  # of the other family of models
-        absent |= FUSION_LOSSES - v.keys() if "composed" in v else {"composed"}  # a row has room for six
+        tuned = FINE_TUNING & v.keys()
+        absent |= (FUSION_LOSSES if tuned else set()) - v.keys() | (FINE_TUNING - tuned)  # a row has room for six
         shown = {name: label for name, label in LOSSES.items() if name not in absent}
         losses = [(label, _number(v.get(name)), "bold") for name, label in shown.items()]
         losses.append(("samples/s", _number(v.get("samples_per_s"), "{:,.0f}"), ""))

@@ -18,7 +18,7 @@ from .stored import StoredModel, read_stored
 SHARED = "model."  # before the teacher's names in the student
 # Parameters that a run may have and its beginning not, or with another shape: they are new then.
 _OPTIONAL = (
-    *("temperature", "patch_decoder.", f"{SHARED}mask_network.", f"{SHARED}word_reader."),
+    *("temperature", "patch_decoder.", f"{SHARED}mask_network.", f"{SHARED}word_reader.", f"{SHARED}classifier."),
     *(f"{SHARED}image_decoder.", f"{SHARED}pixel_head."),
 )
 # What the shapes, and the meaning, of weights depend on. Sizes of images and tables may differ: they are adapted.
@@ -138,6 +138,10 @@ class Initial:
     ) -> dict[str, Tensor]:
         """``own`` with the values of ``given``, tables made to fit; what is new is noted, unless ``quiet``."""
         found, new, text = dict(own), set(), set()
+        classifier = f"{SHARED}classifier."
+        classes, others = (side.get(f"{classifier}names") for side in (own, given))
+        if classes is None or others is None or not torch.equal(classes, others):  # a row is worth its own class alone
+            given = {name: x for name, x in given.items() if not name.startswith(classifier)}
         for name, mine in own.items():
             value = given.get(name)
             if value is not None and name.endswith(_IMAGE_TABLE):

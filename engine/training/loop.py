@@ -30,6 +30,7 @@ from ..evaluation import (
     snapshot_steps,
     write_batches,
     write_caption_gallery,
+    write_composed_gallery,
     write_gallery,
     write_reconstructions,
     write_snapshot,
@@ -364,6 +365,7 @@ class Run:
             write_gallery(self.run_dir, teacher, p.data, self._look, self.recipe, p.device)
             write_reconstructions(self.run_dir, teacher, p.data, self._look, self.recipe, p.device)
             write_caption_gallery(self.run_dir, measured, p.data)
+        write_composed_gallery(self.run_dir, measured, p.data)
         examples = p.sampler.examples(2)
         if examples is not None:
             progress("drawing batches")

@@ -114,7 +114,8 @@ class Pretrainer:
         for micro, indices in enumerate(shares):
             clock = Clock(self.seconds)
             beat("data", step)
-            batch = self.masks.add_priors(self.data.train_batch(indices, self.sampler.epoch(step))).to(self.device)
+            batch = self.masks.add_priors(self.data.train_batch(indices, self.sampler.epoch(step)))
+            batch = (batch if self.data.classes is None else self.data.classes.add(batch)).to(self.device)
             clock.lap("data")
             terms = self._micro_step(batch, schedule, heads, clock, micro)
             if terms is None:  # one bad micro-batch spoils the whole step

@@ -22,6 +22,7 @@ from ..objectives import (
     image_text_matching,
     masked_image_modelling,
     masked_language_modelling,
+    recognise,
     text_guided_retrieval,
 )
 from ..recipe import ObjectivesSection, Recipe
@@ -113,6 +114,8 @@ def compute_losses(
         terms |= image_text_contrast(seen, view, keys, batch.group_id, student.temperature[0], distillation)
     if section.composed.weight > 0:
         terms |= text_guided_retrieval(model, seen, batch, student.temperature[0])
+    if section.recognition.weight > 0:
+        terms |= recognise(model, seen, batch)
     if rows and section.itm.weight > 0 and len(batch) > 1:  # of one pair there is no negative
         terms |= image_text_matching(
             model,
@@ -125,6 +128,7 @@ def compute_losses(
             draws,
             schedule.hardness,
             head_mask=head_mask,
+            kind=batch.kind,
         )
     if rows and section.mlm.weight > 0:
         assert view.plan is not None
@@ -161,6 +165,7 @@ def compute_losses(
         "mlm": section.mlm.weight,
         "mim": section.mim.weight,
         "composed": section.composed.weight,
+        "recognition": section.recognition.weight,
         "mask_network": 1.0,  # no other parameter has a gradient of it; it does count where gradients are clipped
     }
     loss = 0.0 * student.temperature.float().sum()  # a live graph even where no objective has begun

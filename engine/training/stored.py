@@ -29,7 +29,7 @@ from ..exported import (
 )
 from ..exported import QUEUE as EXPORTED_QUEUE
 from ..exported import TEACHER as EXPORTED_TEACHER
-from ..recipe import Recipe
+from ..recipe import ModelSection, Recipe
 from ..recipe_files import check_run_dir
 from .checkpoint import CheckpointManager
 from .checkpoint_state import QUEUE, RECIPE, STATE, TEACHER
@@ -56,16 +56,32 @@ def read_stored(folder: Path, tell: Callable[[str], None] = lambda line: None) -
     Raises:
         CheckpointError: no such folder, or files that are damaged or do not fit together.
     """
-    if (folder / CONFIG).is_file():
+    if _is_export(folder):
         return _read_exported(folder)
-    if not (folder / "recipe.yaml").is_file():
-        what = "no such folder" if not folder.is_dir() else f"neither {CONFIG} nor recipe.yaml is in it"
-        raise CheckpointError(f"{folder}: {what}; give a folder of crossmask convert, crossmask export or a run")
     recipe, step, found = read_run(folder, (STUDENT, TEACHER, QUEUE), tell=tell)
     assert found.student is not None
     return StoredModel(
         found.described(recipe, "student", step), found.tokenizer, found.student, found.teacher, found.queue
     )
+
+
+def read_section(folder: Path) -> ModelSection:
+    """What the model in a folder of :func:`read_stored` is, before its weights are read.
+
+    Raises:
+        CheckpointError: no such folder, or a description that is damaged.
+    """
+    return read_config(folder).model if _is_export(folder) else _recipe(folder / "recipe.yaml").model
+
+
+def _is_export(folder: Path) -> bool:
+    """Else it is a run's; CheckpointError where it is neither."""
+    if (folder / CONFIG).is_file():
+        return True
+    if not (folder / "recipe.yaml").is_file():
+        what = "no such folder" if not folder.is_dir() else f"neither {CONFIG} nor recipe.yaml is in it"
+        raise CheckpointError(f"{folder}: {what}; give a folder of crossmask convert, crossmask export or a run")
+    return False
 
 
 def _read_exported(folder: Path) -> StoredModel:

@@ -48,6 +48,7 @@ class System(ABC):
         tokenizer = data.tokenizer
         self.sizes = (tokenizer.vocabulary_size, data.max_tokens)
         self.specials = {"pad_id": tokenizer.pad_id, "mask_id": tokenizer.mask_id}
+        self.classes = None if data.classes is None else data.classes.classes
 
     @abstractmethod
     def build_student(self) -> PretrainingModel | CaptioningStudent:
@@ -82,6 +83,7 @@ class FusionSystem(System):
             *self.sizes,
             masking=recipe.masking,
             mask_network=self.masks.network(),
+            classes=self.classes,
             **self.specials,
         )
 
@@ -89,7 +91,9 @@ class FusionSystem(System):
         model = self.recipe.model
         network = self.masks.network()
         reader = build_word_reader(model, self.recipe.masking)
-        return VisionLanguageModel(model, *self.sizes, mask_network=network, word_reader=reader, **self.specials)
+        return VisionLanguageModel(
+            model, *self.sizes, mask_network=network, word_reader=reader, classes=self.classes, **self.specials
+        )
 
     def forward(
         self,

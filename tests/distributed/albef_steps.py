@@ -47,7 +47,7 @@ TINY: dict[str, Any] = {
 class Pairs:
     """Samples that are functions of their index; every third shares the caption of the one before."""
 
-    train_size, max_tokens = SIZE, 9
+    train_size, max_tokens, classes = SIZE, 9, None
     tokenizer = SimpleNamespace(mask_id=4, pad_id=0, vocabulary_size=VOCABULARY, word_ids=None)
 
     def notices(self) -> list[str]:
