@@ -2,13 +2,13 @@
 # make train     the default run on the embedded data set
 # make test      install, lint, test
 # make bench     microbenchmarks against what one would use instead
-# make prove     compile every Triton tile for every GPU architecture, no GPU needed, and write benchmarks/static/
+# make prove-gpu compile every GPU kernel for every architecture and predict times, no GPU needed, into benchmarks/static/
 # Settings: PYTHON=python3.12  ARGS="training.max_steps=20"  CROSSMASK_CUDA=0  CROSSMASK_CUDA_ARCHITECTURES="80;90"
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: install train test bench prove lint links clean
+.PHONY: install train test bench prove-gpu prove lint links clean
 
 # the first Python that is not too old or too new
 PYTHON := $(or $(PYTHON),$(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -44,10 +44,14 @@ test: lint
 bench: install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q benchmarks/bench_kernels.py --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
 
-prove: install
+prove-gpu: install
 	@$(BIN)/python benchmarks/prove_attention.py $(ARGS)
 	@$(BIN)/python benchmarks/prove_selection.py $(ARGS)
 	@$(BIN)/python benchmarks/prove_losses.py $(ARGS)
+	@$(BIN)/python benchmarks/prove_ema.py $(ARGS)
+	@$(BIN)/python benchmarks/prove_roofline.py $(ARGS)
+
+prove: prove-gpu
 
 # mypy knows the code by its installed name, so it is shown the wings under that name; the paths it prints are the real ones
 lint: install links

@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 
 import triton
 from ahead_of_time import Figures, Job, compile
+from worse import worse
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = (
@@ -77,9 +78,12 @@ def misfits(row: Any) -> list[str]:
 
 
 def fingerprint(sources: Sequence[Path]) -> str:
-    """Of the sources, comments and blank lines aside, and of Triton: a table with another one is stale."""
+    """Of the sources, Python's comments and blank lines aside, and of Triton: a table with another one is stale."""
     digest = hashlib.sha256(triton.__version__.encode())
     for path in sources:
+        if path.suffix != ".py":
+            digest.update(path.read_bytes())
+            continue
         lines = path.read_text().splitlines()
         for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
             if token.type == tokenize.COMMENT:
@@ -92,6 +96,8 @@ def arguments(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("--processes", type=int, default=2)
     parse.add_argument("--fresh", action="store_true", help="compile what did not change, too")
     parse.add_argument("--again", metavar="JOB", nargs="+", help="compile these rows of the table, and print JSON")
+    parse.add_argument("--check", action="store_true", help="write nothing; 1 where a row is worse than in the table")
+    parse.add_argument("--accept-worse", action="store_true", help="write the table although rows are worse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +168,12 @@ class Proof(Generic[R]):
         print(json.dumps([dataclasses.asdict(row) for row in self.compiled(todo, processes, {})]))
 
     def prove(self, todo: Sequence[tuple[R, Job]], whole: bool, options: argparse.Namespace) -> int:
-        """Compiles ``todo``, and says what breaks a rule. The ``whole`` goes into the table, a part is printed."""
+        """Compiles ``todo``, and says what breaks a rule, and what is worse than in the table, row by row. The
+        ``whole`` goes into the table, unless something is worse and that was not accepted; a part is printed."""
         rows = []
         self.table.parent.mkdir(exist_ok=True)
         before = {} if options.fresh else self.known()
+        committed = self.committed()
         with self.partial.open("a", newline="") as file:
             for row in self.compiled(todo, options.processes, before):
                 rows.append(row)
@@ -175,15 +183,31 @@ class Proof(Generic[R]):
                 if wrong := self.violations(row):
                     print(f"\r{self.describe(row)}: {'; '.join(wrong)}")
         rows.sort(key=self.order)
-        if whole:
-            self.write(rows)
-            print(f"{self.table.relative_to(ROOT)}: {len(rows)} compiles")
-        else:
-            print(self.summary(rows))
         bad = sum(bool(self.violations(row)) for row in rows)
         if bad:
             print(f"{bad} of {len(rows)} compiles break a rule", file=sys.stderr)
-        return 1 if bad else 0
+        return max(int(bad > 0), self.settle(rows, committed, whole, options))
+
+    def settle(self, rows: Sequence[R], committed: Sequence[R], whole: bool, options: argparse.Namespace) -> int:
+        """Writes or prints ``rows``, or says by name which are worse than the ``committed`` ones; then 1."""
+        fell = worse(committed, rows, self.describe)
+        for one in fell:
+            print(f"worse than {self.table.name} has it: {one}")
+        if fell and not options.accept_worse and (whole or options.check):
+            print(
+                f"{len(fell)} of {len(rows)} compiles are worse, and the table stays as it is: mend the kernel, or say "
+                f"python benchmarks/{self.script} --accept-worse",
+                file=sys.stderr,
+            )
+            return 1
+        if whole and not options.check:
+            self.write(rows)
+            print(f"benchmarks/static/{self.table.name}: {len(rows)} compiles")
+        elif options.check:
+            print(f"none of {len(rows)} compiles is worse than in {self.table.name}")
+        else:
+            print(self.summary(rows))
+        return 0
 
     # ---- the table
 
@@ -207,6 +231,15 @@ class Proof(Generic[R]):
     def parsed(self, line: Mapping[str, str]) -> R:
         kinds: dict[str, Any] = {"int": int, "str": str, "bool": "True".__eq__}
         return self.row(**{name: kinds[kind](line[name]) for name, kind in self.columns.items()})
+
+    def committed(self) -> list[R]:
+        """The rows of the table as it lies there; none where there is none, or one with other columns."""
+        if not self.table.exists():
+            return []
+        with self.table.open(newline="") as file:
+            file.readline()
+            lines = csv.DictReader(file)
+            return [self.parsed(line) for line in lines] if lines.fieldnames == [*self.columns] else []
 
     def known(self) -> dict[tuple[str, str], R]:
         """What earlier runs found, by what it depends on. A table with other columns is of no use."""
