@@ -28,6 +28,7 @@ LOSS_TITLES = {
     "loss": "Total", "itc": "ITC: image–text contrast", "itm": "ITM: image–text matching",
     "mlm": "MLM: masked words", "mim": "MIM: masked patches",
     "caption": "Captions: next words", "tg_mim": "TG-MIM: patches from words",
+    "composed": "Text-guided retrieval", "recognition": "Recognition: classes",
 }  # fmt: skip
 
 

@@ -307,7 +307,12 @@ def _pairs(run: Run) -> list[dict[str, Any]]:
     return found
 
 
-FURTHER_TERMS = {"caption": "captions", "tg_mim": "TG-MIM", "composed": "text-guided retrieval"}
+FURTHER_TERMS = {
+    "caption": "captions",
+    "tg_mim": "TG-MIM",
+    "composed": "text-guided retrieval",
+    "recognition": "classes",
+}
 _MEASURES = {
     "caption_loss": ("caption, nats a word; by chance: from another pair's image", "caption_loss_other"),
     "reconstruction": ("L1 of high patches painted back; by chance: in the other patches' mean", "reconstruction_mean"),
