@@ -309,6 +309,33 @@ def ablate(
     return run(ablation, overrides or [], output, seeds, only, tell, dry_run=dry_run, table_only=table_only)
 
 
+@app.command(short_help="Predict memory, traffic and time of a recipe on GPUs that need not be there.")
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Fields to change, such as training.batch_size=4096."),
+    ] = None,
+    gpus: Annotated[int, typer.Option(metavar="N", help="GPUs that train together.")] = 8,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="Which; an unknown name lists the known ones.")] = "h100",
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", metavar="FILE", help="Also write all figures there."),
+    ] = None,
+    efficiency: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="SHARE", help="Of the peak rate that matrix products reach. Default: 0.6."),
+    ] = None,
+) -> None:
+    """Predict what a recipe needs: memory by ZeRO stage, bytes on the wire, a step's time, the batch that fits.
+
+    Nothing is trained and no data are opened; docs/scaling.md says what is counted, and what two real ranks showed.
+    """
+    from .planning.command import plan_recipe
+
+    plan_recipe(recipe, overrides or [], gpus, gpu, output, efficiency)
+
+
 @app.command()
 def recipes() -> None:
     """List the recipes and the ablations that come with the package."""

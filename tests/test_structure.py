@@ -20,7 +20,7 @@ LAYERS = (
     {"masking", "teacher", "models", "data"},
     {"objectives", "evaluation", "recipe_files", "exported"},
     {"training", "mask_preview", "model_evaluation", "caption_images", "export", "convert"},
-    {"cli", "train", "doctor", "ablation"},
+    {"cli", "train", "doctor", "ablation", "planning"},
 )
 SAME_ROOM = {  # two files on one subject
     "deepspeed_config": "recipe_files",  # reading and checking what a user gave

@@ -1,0 +1,1 @@
+"""What a recipe needs of GPUs, worked out before anything is started."""
