@@ -34,6 +34,8 @@ def classifier_missing(model: Any, data: PairData, recipe: Recipe) -> str | None
     where it can."""
     column, classifier = recipe.objectives.recognition.column, getattr(model, "classifier", None)
     training = data.training_split()
+    if not hasattr(model, "fuse"):
+        return "a captioner has no classifier: set objectives.recognition.weight to 0"
     if classifier is None:
         return "the model has no classifier: fine-tune it with recipes/recognition-emoji.yaml or one like it"
     if (own := classifier.classes.column) != column:
