@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crossmask.kernels import cross_attention
-from crossmask.kernels.cross_attention import blocks, blockwise, reference
+from crossmask.kernels.cross_attention import blocks, blockwise, blockwise_backward, reference
 from crossmask.kernels.cross_attention.request import STATISTICS, Forward, Gradients, Masks, Request
 
 LENGTHS = (1, 30, 77, 197, 257, 577)
@@ -334,6 +334,56 @@ def test_gradient_of_the_maximum_goes_to_the_first_of_equals() -> None:
         assert apart(mine, wanted) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["as_shipped", "few_rows"])
+@pytest.mark.parametrize("kind", ["none", "all"])
+@pytest.mark.parametrize(("S", "P"), [(6, 14), (14, 6)])
+def test_backward_of_columns_that_no_row_looks_at(
+    monkeypatch: pytest.MonkeyPatch, S: int, P: int, kind: str, name: str
+) -> None:
+    """Keys whose weights underflow in every row still have a softmax over queries, which rows' weights cannot give."""
+    cut(monkeypatch, name)
+    q, k, v = inputs(3, 2, S, P, dtype=torch.float32)
+    q[..., 0], k[..., 0] = 1.0, 0.0
+    k[:, :, : P // 2, 0] = -200.0
+    exact = [value.double() for value in (q, k, v)]
+    valid, request = masks(kind, 3, 2, S, P), asked(scale=1.0)
+    found = blockwise.forward(q, k, v, valid, None, request)
+    gradients = {"query_attention": torch.randn(3, S, dtype=torch.float64)}
+    right = wanted_gradients(gradients, exact, valid, request)
+
+    def error() -> float:
+        given = {name: gradient.float() for name, gradient in gradients.items()}
+        mine = run_backward(given, [q, k, v], found, valid, request)
+        return apart(mine[1], right[1]) / float(right[1].abs().max())
+
+    assert error() < 2e-3  # logits of 200 in float32
+    monkeypatch.setattr(blockwise_backward, "MOST_COLUMN", torch.inf)  # without the guard they are lost
+    assert not error() < 1e-1
+
+
+@pytest.mark.parametrize("name", ["as_shipped", "few_rows"])
+@pytest.mark.parametrize("kind", ["none", "all"])
+def test_columns_from_the_weights_of_rows_and_without(monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
+    """Both ways to the softmax over queries give the same gradients; heads and rows without keys stop neither."""
+    cut(monkeypatch, name)
+    ways = []
+    factors = blockwise_backward._Terms._factors
+
+    def watched(terms: blockwise_backward._Terms, cut: blocks.Blocks, valid: Masks) -> None:
+        factors(terms, cut, valid)
+        ways.append(terms.a is not None)
+
+    monkeypatch.setattr(blockwise_backward._Terms, "_factors", watched)
+    x, valid, request = inputs(3, 2, 11, 17), masks(kind, 3, 2, 11, 17), asked(0.2)
+    found = blockwise.forward(*x, valid, SEED, request)
+    gradients = random_gradients(DIFFERENTIABLE, found)
+    factored = run_backward(gradients, x, found, valid, request)
+    monkeypatch.setattr(blockwise_backward, "MOST_COLUMN", -torch.inf)
+    for mine, other in zip(factored, run_backward(gradients, x, found, valid, request), strict=True):
+        assert apart(mine, other) < 1e-12
+    assert ways == [True, False]
+
+
 # -- layout, determinism, memory ---------------------------------------------------------------------------------------
 
 
@@ -351,9 +401,10 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 @pytest.mark.parametrize("name", ["as_shipped", "heads", "few_rows", "single_rows"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["heads_last", "batch_inside", "width_not_dense", "rows_apart"])
-def test_strides(monkeypatch: pytest.MonkeyPatch, layout: str, dtype: torch.dtype, name: str) -> None:
+@pytest.mark.parametrize("kind", ["none", "all"])
+def test_strides(monkeypatch: pytest.MonkeyPatch, kind: str, layout: str, dtype: torch.dtype, name: str) -> None:
     cut(monkeypatch, name)
-    x, valid, request = inputs(3, 2, 9, 12, dtype=dtype), masks("all", 3, 2, 9, 12), asked(0.2)
+    x, valid, request = inputs(3, 2, 9, 12, dtype=dtype), masks(kind, 3, 2, 9, 12), asked(0.2)
     plainly = blockwise.forward(*x, valid, SEED, request)
     strided = [laid_out(value, layout) for value in x]
     assert strided[0].stride() != x[0].stride()

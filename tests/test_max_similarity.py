@@ -120,6 +120,38 @@ def test_every_width(impl: Any, D: int, dtype: torch.dtype) -> None:
     assert_gradients(torch.randn(2, 77, dtype=found.score.dtype, device=DEVICE), image, text, mask, impl)
 
 
+@pytest.mark.parametrize("able", [False, True])
+@pytest.mark.parametrize("P", LENGTHS)
+def test_bfloat16_of_every_length(P: int, able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a processor that multiplies it and with one that does not, whose products are those of float32."""
+    monkeypatch.setattr(blockwise, "bf16_products", lambda device: able)
+    monkeypatch.setattr(blockwise, "TILE", 2**16)
+    for S in WORDS:
+        image, text, mask = inputs(3, P, S, 24, torch.bfloat16)
+        found = max_similarity(image, text, mask, return_argmax=True, impl="blockwise")
+        assert_exact(found.score, found.argmax, image, text, mask)
+        assert_gradients(torch.randn(3, P, device=DEVICE), image, text, mask, "blockwise")
+        if not able:
+            wide = max_similarity(image.float(), text.float(), mask, return_argmax=True, impl="blockwise")
+            torch.testing.assert_close(found.score, wide.score, rtol=1e-6, atol=1e-5)
+            assert (found.argmax == wide.argmax).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("P", LENGTHS)
+def test_samples_that_are_multiplied_alone(P: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large ones are in float32; whole, and in slices of their patches."""
+    monkeypatch.setattr(blockwise, "ALONE", 0)
+    for S, tile in itertools.product((1, 30, 257), (2**14, 2**20)):
+        monkeypatch.setattr(blockwise, "TILE", tile)
+        image, text, mask = inputs(3, P, S, 40)
+        mask[1] = False
+        for allowed in (mask, None):
+            found = max_similarity(image, text, allowed, return_argmax=True, impl="blockwise")
+            wanted = max_similarity(image.double(), text.double(), allowed, return_argmax=True, impl="reference")
+            torch.testing.assert_close(found.score.double(), wanted.score, rtol=1e-5, atol=1e-5)
+            assert (found.argmax == wanted.argmax).double().mean() > 0.99
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", PLAIN)
 def test_ties_go_to_the_lower_index(impl: Any, dtype: torch.dtype) -> None:

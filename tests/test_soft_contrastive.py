@@ -283,6 +283,45 @@ def test_half_precision_is_summed_in_float32(impl: Any, dtype: torch.dtype) -> N
     torch.testing.assert_close(loss.double(), case.double().loss(0.4, "reference"), rtol=1e-5, atol=1e-4)
 
 
+@pytest.fixture
+def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 is multiplied as it is, whatever the processor and however small; several blocks."""
+    for name, value in (("bf16_products", lambda device: True), ("SMALLEST", 0), ("LOGITS", 2**14)):
+        monkeypatch.setattr(blockwise, name, value)
+
+
+@pytest.mark.parametrize("N", LENGTHS)
+@pytest.mark.usefixtures("bf16")
+def test_products_in_bfloat16(N: int) -> None:
+    for number, (M, Q) in enumerate(itertools.product(LENGTHS, (30, 577, 0, None))):
+        case = inputs(N, M, Q, 24, torch.bfloat16, tau=(0.07, 0.01, 0.5)[number % 3])
+        check(case, (0.4, 0.0, 1.0)[number % 3], "blockwise")
+
+
+@pytest.mark.parametrize("E", [16, 256])
+@pytest.mark.usefixtures("bf16")
+def test_products_in_bfloat16_leave_the_loss_alone(E: int) -> None:
+    """The loss and the temperature's gradient are those of float32 products, whatever the weights are rounded to."""
+    case, g = inputs(40, 300, 500, E, torch.bfloat16, tau=0.01), torch.ones(40, device=DEVICE)
+    loss, _, _, d_tau = case.results(0.4, lambda c: c.loss(0.4, "blockwise"), g)
+    exact, _, _, exact_tau = case.double().results(0.4, lambda c: c.loss(0.4, "reference"), g)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(d_tau.double(), exact_tau, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.usefixtures("bf16")
+def test_small_products_are_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where conversion costs less than a second product: exactly what float32 features give."""
+    case, g = inputs(9, 40, 50, dtype=torch.bfloat16), torch.ones(9, device=DEVICE)
+    rounded = case.results(0.4, lambda c: c.loss(0.4, "blockwise"), g)
+    monkeypatch.setattr(blockwise, "SMALLEST", 2**20)
+    found = case.results(0.4, lambda c: c.loss(0.4, "blockwise"), g)
+    monkeypatch.setattr(blockwise, "bf16_products", lambda device: False)
+    monkeypatch.setattr(blockwise, "SMALLEST", 0)
+    assert all(map(torch.equal, found, case.results(0.4, lambda c: c.loss(0.4, "blockwise"), g)))
+    assert not torch.equal(found[1], rounded[1]) or not torch.equal(found[0], rounded[0])
+
+
 @pytest.mark.parametrize("impl", PLAIN)
 def test_dtypes_may_differ(impl: Any) -> None:
     """Products are in the widest: nothing of it is rounded. The queue keeps its own."""

@@ -27,6 +27,7 @@ from .request import Masks, Request
 BLOCK = 7 * 2**16  # weights in a block for each thread; heads are worked on together as long as they fit
 MOST_THREADS = 8  # that a block grows with; what a GPU's block is made for
 LARGEST = 2**20  # weights of a head whose queries stay together: query_attention then needs one sweep, not two
+MOST_KEPT = 2**22  # elements of a group's copy of q, k or the like that a thread keeps memory for
 MASKED = -1e30  # the logit of a masked key: finite, so that a difference of two is not NaN, and exp2 of it is 0
 HALF = -1  # the number of the buffer in half precision
 LOG2E = math.log2(math.e)
@@ -34,12 +35,16 @@ LN2 = math.log(2.0)
 
 
 class Group(NamedTuple):
-    """g heads, neighbours in the flattened (B * H) axis: all heads of some samples, or some heads of one sample."""
+    """g heads, neighbours in the flattened (B * H) axis: all heads of some samples, or some heads of one sample.
+
+    Its tensors may lie in memory that the next group takes over.
+    """
 
     number: int
-    q: Tensor  # (g, S, D)
-    k: Tensor  # (g, P, D) in the dtype of statistics, for logits
-    k_factor: Tensor  # (g, P, D) in the dtype that weights are multiplied in
+    q: Tensor  # (g, S, D) in the dtype of statistics, for logits
+    k: Tensor  # (g, P, D) likewise
+    q_factor: Tensor  # (g, S, D) in the dtype that weights are multiplied in
+    k_factor: Tensor  # (g, P, D) likewise
     v_factor: Tensor  # (g, P, D) likewise
     bias: Tensor | None  # (g, 1, P) MASKED for keys that are masked, else 0
     masked: Tensor | None  # (g, 1, P) bool
@@ -92,22 +97,43 @@ class Blocks:
             every = unreached if masks.key is None else unreached | ~masks.key
             closed = self._of_groups(every.expand(self.samples, -1)[:, None])
         self._closed = closed
-        self._q, self._k, self._v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        self._parts = {"q": self.parts(q), "k": self.parts(k), "v": self.parts(v)}
 
     def group(self, number: int) -> Group:
-        k, v, masked = self._k[number], self._v[number], self._masked[number]
-        logit_k = self.cast(k)
+        masked = self._masked[number]
+        q, k, v = (self.factor(name, self._parts[name][number]) for name in ("q", "k", "v"))
+        logit_q, logit_k = (self.converted(name, x) for name, x in (("q", q), ("k", k)))
         if masked is not None:  # whatever stands there: MASKED is added to a logit of 0
             logit_k = logit_k.masked_fill(masked.mT, 0.0)
-        elif logit_k is k and self.device.type == "cpu" and torch.get_num_threads() == 1:
+        elif logit_k is self._parts["k"][number] and self.device.type == "cpu" and torch.get_num_threads() == 1:
             # Only to bring k into the cache: the logits' product, which packs k transposed, reads memory at half speed.
             k.sum()
-        factors = (k, v) if self.half else (logit_k, self.cast(v))
         bias = None if masked is None else masked.to(self.dtype).mul_(MASKED)
         return Group(
-            *(number, self._q[number], logit_k, *factors, bias, masked, self._invalid[number], self._dead[number]),
-            self._closed[number],
+            *(number, logit_q, logit_k, q, k if self.half else logit_k, v),
+            *(bias, masked, self._invalid[number], self._dead[number], self._closed[number]),
         )
+
+    def factor(self, name: str, part: Tensor) -> Tensor:
+        """(g, length, D) of a part in the dtype that weights are multiplied in: itself, or a copy in kept memory. With
+        two threads the copy costs less than a product for each sample."""
+        if part.dim() == 4:
+            part = self.stand_in(name, part).copy_(part).flatten(0, 1)
+        return part if self.half else self.converted(name, part)
+
+    def converted(self, name: str, x: Tensor) -> Tensor:
+        """In the dtype of statistics, in kept memory."""
+        return x if x.dtype == self.dtype else self._kept(name, x.shape, self.dtype).copy_(x)
+
+    def result(self, name: str, part: Tensor) -> Tensor:
+        """(g, length, D) where products leave what belongs into ``part``: itself, or kept memory."""
+        return part if part.dim() == 3 else self.stand_in(name, part).flatten(0, 1)
+
+    def stand_in(self, name: str, part: Tensor) -> Tensor:
+        return self._kept(name, part.shape, part.dtype)
+
+    def _kept(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return _workspace(name, shape.numel(), dtype, self.device).view(shape)
 
     def _links(self, masks: Masks) -> tuple[Tensor | None, Tensor | None]:
         """Where there is no link, (B or 1, S, P) and laid out as blocks are; keys that no valid query has one to."""
@@ -141,18 +167,18 @@ class Blocks:
         """(g, ...) for each group, of (B * H, ...)."""
         return torch.split_with_sizes(x, self.sizes)
 
-    def split_heads(self, x: Tensor) -> Sequence[Tensor]:
-        """(g, ...) for each group, of (B, H, ...): views, but for what has a ``target``."""
+    def parts(self, x: Tensor) -> Sequence[Tensor]:
+        """Views of x (B, H, length, D) for each group: (g, length, D), or (samples, heads, length, D) where no other
+        view holds the heads of a group."""
         if _evenly_spaced(x):
             return self.split(x.flatten(0, 1))
         samples = torch.split(x, self._group_samples)
-        return [part.flatten(0, 1) for some in samples for part in torch.split(some, self._group_heads, 1)]
+        parts = [part for some in samples for part in torch.split(some, self._group_heads, 1)]
+        return [part.flatten(0, 1) if _evenly_spaced(part) else part for part in parts]
 
-    def target(self, x: Tensor) -> Tensor:
-        """x (B, H, ...), or a contiguous stand-in where no view of x holds the heads of a group."""
-        if self._group_samples == 1 or _evenly_spaced(x):
-            return x
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    def split_heads(self, mask: Tensor) -> Sequence[Tensor]:
+        """(g, ...) for each group, of (B, H, ...)."""
+        return [part.flatten(0, 1) if part.dim() == 4 else part for part in self.parts(mask)]
 
     def _of_groups(self, mask: Tensor | None) -> Sequence[Tensor | None]:
         """(g, 1, length) for each group, of (B, 1 or H, length)."""
@@ -195,22 +221,25 @@ class Blocks:
         heads, rows, _ = x.shape
         found = self.buffer(buffer, heads, rows)
         first, second = (y, x) if self.transposed else (x, y)
-        if x.dtype != self.dtype:
-            return torch.mul(torch.bmm(first, second.mT, out=self.buffer(HALF, heads, rows)), factor, out=found)
+        if x.dtype != self.dtype:  # a copy that only changes the dtype is four times faster than any other operation
+            half = self.buffer(HALF, heads, rows)
+            return found.copy_(torch.baddbmm(half, first, second.mT, beta=0, alpha=factor, out=half))
         if bias is None:
             return torch.baddbmm(found, first, second.mT, beta=0, alpha=factor, out=found)
         return torch.baddbmm(self.over_keys(bias).expand_as(found), first, second.mT, alpha=factor, out=found)
 
     def logits(self, buffer: int, group: Group, rows: slice) -> Tensor:
         """Base-2 logits."""
-        q = self.cast(group.q if self.whole else group.q[:, rows])
+        q = group.q if self.whole else group.q[:, rows]
         s = self.product(buffer, q, group.k, self.request.scale * LOG2E, group.bias)
         return self._without_links(s, group, rows)
 
-    def in_half(self, block: Tensor, factor: Tensor | float) -> Tensor:
-        """factor * block in half precision."""
+    def in_half(self, block: Tensor) -> Tensor:
+        """A block in half precision where products are, else itself."""
+        if not self.half:
+            return block
         heads, rows, _ = self.by_rows(block).shape
-        return torch.mul(block, factor, out=self.buffer(HALF, heads, rows))
+        return self.buffer(HALF, heads, rows).copy_(block)
 
     def assign(self, out: Tensor, weights: Tensor, x: Tensor, factor: float = 1.0) -> None:
         """out (g, n, D) = factor * weights (g, n, m) @ x (g, m, D)."""
@@ -230,20 +259,20 @@ class Blocks:
 
 class _Kept(threading.local):
     def __init__(self) -> None:
-        self.memory: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.memory: dict[tuple[int | str, torch.dtype], Tensor] = {}
 
 
 _kept = _Kept()
 
 
-def _workspace(number: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a block. A CPU's threads keep theirs from call to call, a few megabytes: fresh memory would be mapped
-    page by page, at a tenth of the call's time and more."""
-    if device.type != "cpu":
+def _workspace(name: int | str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a block, or for a group's share of a tensor. A CPU's threads keep theirs from call to call, a few
+    megabytes each: fresh memory would be mapped page by page, at a tenth of the call's time and more."""
+    if device.type != "cpu" or (isinstance(name, str) and size > MOST_KEPT):
         return torch.empty(size, dtype=dtype, device=device)
-    held = _kept.memory.get((number, dtype))
+    held = _kept.memory.get((name, dtype))
     if held is None or len(held) < size:
-        held = _kept.memory[number, dtype] = torch.empty(size, dtype=dtype)
+        held = _kept.memory[name, dtype] = torch.empty(size, dtype=dtype)
     return held[:size]
 
 

@@ -25,13 +25,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, seed: Tensor | None, 
     blocks = Blocks(q, k, v, masks, seed, request)
     sums = _Sums(blocks, request)
     output = torch.empty_like(q)
-    target = blocks.target(output)
-    for number, out in enumerate(blocks.split_heads(target)):
+    for number, part in enumerate(blocks.parts(output)):
         group = blocks.group(number)
+        out = blocks.result("output", part)
         for rows in blocks.row_slices:
             _block(blocks, group, rows, sums, out if blocks.whole else out[:, rows])
-    if target is not output:
-        output.copy_(target)
+        if out is not part:
+            part.copy_(out.view(part.shape))
     if request.query_attention:
         _finish_columns(blocks, sums)
     return _result(blocks, sums, output, masks)
@@ -108,7 +108,11 @@ def _output(blocks: Blocks, group: Group, rows: slice, e: Tensor, inverse: Tenso
         e = torch.mul(e, blocks.kept(group, rows), out=_spare(blocks, inverse))
         inverse = inverse / (1 - blocks.request.dropout_p)
     if blocks.half:  # normalised before it is rounded, so that the output is rounded once
-        blocks.assign(out, blocks.by_rows(blocks.in_half(e, blocks.over_queries(inverse))), group.v_factor)
+        p = torch.mul(e, blocks.over_queries(inverse), out=_spare(blocks, inverse))
+        blocks.assign(out, blocks.by_rows(blocks.in_half(p)), group.v_factor)
+    elif out.dtype == e.dtype:
+        blocks.assign(out, blocks.by_rows(e), group.v_factor)
+        out.mul_(inverse.mT)
     else:
         torch.mul(torch.bmm(blocks.by_rows(e), group.v_factor), inverse.mT, out=out)
 

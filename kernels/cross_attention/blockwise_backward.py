@@ -20,7 +20,10 @@ from torch import Tensor
 from .blocks import LN2, LOG2E, MASKED, Blocks, Group
 from .request import Forward, Gradients, Masks, Request, share
 
-LOGITS, SLOPES, WEIGHTS, COLUMN = range(4)  # buffers: s and s - lse; X and dS; P where s - lse is needed too; R
+# Buffers: s and s - lse; X and dS; P where s - lse is needed too; R, or what rows and columns add to X; 1 at maxima
+LOGITS, SLOPES, WEIGHTS, COLUMN, LARGEST = range(5)
+# R_ij is P_ij 2^(lse_i - h) 2^(h - column_j), with h the highest lse of a head, while h - column_j is below:
+MOST_COLUMN = 64.0
 
 
 @torch.no_grad()
@@ -38,12 +41,12 @@ def backward(
     blocks = Blocks(q, k, v, masks, seed, request)
     terms = _Terms(blocks, gradients, found, masks)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    targets = [blocks.target(x) for x in (dq, dk, dv)]
-    for number, parts in enumerate(zip(*map(blocks.split_heads, targets), strict=True)):
-        _group(blocks, blocks.group(number), terms, *parts)
-    for x, target in zip((dq, dk, dv), targets, strict=True):
-        if target is not x:
-            x.copy_(target)
+    for number, parts in enumerate(zip(*map(blocks.parts, (dq, dk, dv)), strict=True)):
+        targets = [blocks.result(name, part) for name, part in zip(("dq", "dk", "dv"), parts, strict=True)]
+        _group(blocks, blocks.group(number), terms, *targets)
+        for part, target in zip(parts, targets, strict=True):
+            if target is not part:
+                part.copy_(target.view(part.shape))
     return dq, dk, dv
 
 
@@ -64,6 +67,8 @@ class _Terms:
         self.lse = found.lse.masked_fill(found.lse == -torch.inf, -MASKED).mul_(LOG2E).reshape(flat)
         self.row = None if gradients.lse is None else gradients.lse.reshape(flat)  # d lse - x
         self.peak = self.entropy = self.key = self.counted = self.query = self.column = None
+        self.a: Tensor | None = None
+        self.b: Tensor | None = None
         if gradients.max_probability is not None:
             assert found.max_probability is not None
             self.peak = (gradients.max_probability * found.max_probability).reshape(flat)  # x
@@ -78,9 +83,25 @@ class _Terms:
             assert found.column_lse is not None
             self.query = mean(gradients.query_attention, masks.key, blocks.keys)  # u
             column = found.column_lse * LOG2E
-            self.column = column.masked_fill_(column.isinf(), -MASKED).reshape(flat)  # likewise
+            self.column = column.masked_fill_(column == -torch.inf, -MASKED).reshape(flat)  # likewise
+            if blocks.device.type == "cpu":  # elsewhere a look at the sums would wait for the device
+                self._factors(blocks, masks)
         self._groups = {name: blocks.split(x) for name, x in vars(self).items() if x is not None}
-        self.outputs = blocks.split_heads(gradients.output)
+        self.outputs = blocks.parts(gradients.output)
+
+    def _factors(self, blocks: Blocks, masks: Masks) -> None:
+        """``a`` (B * H, 1, S) and ``b`` (B * H, 1, P) so that R_ij = P_ij a_i b_j, unless b would be too large."""
+        assert self.column is not None
+        shape = (blocks.samples, blocks.heads, -1)
+        column, lse = self.column.view(shape), self.lse.view(shape)
+        if masks.key is not None:
+            column = column.masked_fill(~masks.key[:, None], -MASKED)
+        off = lse >= -MASKED  # attends to nothing
+        lse = lse.masked_fill(off if masks.query is None else off | ~masks.query[:, None], MASKED)
+        highest = lse.amax(2, keepdim=True)
+        b = highest - column
+        if bool((b < MOST_COLUMN).all()):  # NaN is not
+            self.a, self.b = (lse - highest).exp2_().flatten(0, 1)[:, None], b.exp2_().flatten(0, 1)[:, None]
 
     def of(self, name: str, group: Group) -> Tensor:
         return self._groups[name][group.number]
@@ -90,26 +111,27 @@ def _group(blocks: Blocks, group: Group, terms: _Terms, dq: Tensor, dk: Tensor, 
     """The gradients (g, length, D) of some heads."""
     scale, kept_factor = blocks.request.scale, 1 / (1 - blocks.request.dropout_p)
     over_queries, over_keys, by_rows = blocks.over_queries, blocks.over_keys, blocks.by_rows
+    factored = terms.a is not None
     tau = _tau(blocks, group, terms) if terms.query is not None and not blocks.whole else None
     dk_sum, dv_sum = (_Sum(blocks, out) for out in (dk, dv))
+    grads = blocks.factor("gradient", terms.outputs[group.number])
 
     for rows in blocks.row_slices:
 
         def of_rows(name: str, rows: slice = rows) -> Tensor:
             return over_queries(blocks.rows(terms.of(name, group), rows))
 
-        grad, q = ((x if blocks.whole else x[:, rows]) for x in (terms.outputs[group.number], group.q))
-        grad, q = (x if blocks.half else blocks.cast(x) for x in (grad, q))
-        s, shape = blocks.logits(LOGITS, group, rows), q.shape[:2]
-        first_largest = s.argmax(blocks.key_axis, keepdim=True) if terms.peak is not None else None
-        r = _column_softmax(blocks, group, terms, s, rows) if terms.query is not None else None
+        grad, q = ((x if blocks.whole else x[:, rows]) for x in (grads, group.q_factor))
+        s = blocks.logits(LOGITS, group, rows)
+        shape = by_rows(s).shape[:2]
+        largest = _largest(blocks, s, of_rows("peak")) if terms.peak is not None else None
+        r = _column_softmax(blocks, group, terms, s, rows) if terms.query is not None and not factored else None
         s.sub_(of_rows("lse"))
         p = s.exp2_() if terms.entropy is None else torch.exp2(s, out=blocks.buffer(WEIGHTS, *shape))
 
         kept = blocks.kept(group, rows) if blocks.request.dropout_p else None
         weights = p if kept is None else torch.mul(p, kept, out=blocks.buffer(SLOPES, *shape))
-        weights = blocks.in_half(weights, 1.0) if blocks.half else weights
-        dv_sum.add(by_rows(weights).mT, grad, kept_factor)
+        dv_sum.add(by_rows(blocks.in_half(weights)).mT, grad, kept_factor)
 
         x = blocks.product(SLOPES, grad, group.v_factor, kept_factor)
         if kept is not None:
@@ -122,21 +144,42 @@ def _group(blocks: Blocks, group: Group, terms: _Terms, dq: Tensor, dk: Tensor, 
         row = x.sum(blocks.key_axis, keepdim=True).neg_()
         if terms.row is not None:
             row.add_(of_rows("row"))
-        x.addcmul_(p, row)
-        if first_largest is not None:
-            x.scatter_(blocks.key_axis, first_largest, x.gather(blocks.key_axis, first_largest).add_(of_rows("peak")))
+        x.addcmul_(p, _rows_and_columns(blocks, group, terms, p, row, rows, tau) if factored else row)
         if r is not None:
             u = blocks.rows(terms.of("query", group), rows)
             of_keys = torch.bmm(u, by_rows(r)) if tau is None else tau
             x.addcmul_(r, over_queries(u)).addcmul_(r, over_keys(of_keys), value=-1)
+        if largest is not None:
+            x.addcmul_(largest, of_rows("peak"))
 
-        factor = scale
-        if blocks.half:
-            x, factor = blocks.in_half(x, scale), 1.0
-        blocks.assign(dq if blocks.whole else dq[:, rows], by_rows(x), group.k_factor, factor)
-        dk_sum.add(by_rows(x).mT, q, factor)
+        x = by_rows(blocks.in_half(x))
+        blocks.assign(dq if blocks.whole else dq[:, rows], x, group.k_factor, scale)
+        dk_sum.add(x.mT, q, scale)
     dk_sum.finish()
     dv_sum.finish()
+
+
+def _largest(blocks: Blocks, s: Tensor, peak: Tensor) -> Tensor:
+    """1 at the first of a row's largest logits, 0 elsewhere; as it likes in a row whose ``peak`` is 0."""
+    found = blocks.buffer(LARGEST, *blocks.by_rows(s).shape[:2])
+    if s.device.type == "cpu":  # argmax takes ten to fifty times as long as any other pass over a block
+        torch.eq(s, s.amax(blocks.key_axis, keepdim=True), out=found)
+        if not bool(found.sum(blocks.key_axis, keepdim=True).sub_(1.0).mul_(peak).any()):
+            return found
+    return found.zero_().scatter_(blocks.key_axis, s.argmax(blocks.key_axis, keepdim=True), 1.0)
+
+
+def _rows_and_columns(
+    blocks: Blocks, group: Group, terms: _Terms, p: Tensor, row: Tensor, rows: slice, tau: Tensor | None
+) -> Tensor:
+    """The block of row_i + a_i b_j (u_i - tau_j): with R_ij = P_ij a_i b_j the column softmax costs no exponential."""
+    over_queries, over_keys = blocks.over_queries, blocks.over_keys
+    found = blocks.buffer(COLUMN, *blocks.by_rows(p).shape[:2])
+    a, b = blocks.rows(terms.of("a", group), rows), terms.of("b", group)
+    weighed = blocks.rows(terms.of("query", group), rows) * a
+    tau = torch.bmm(weighed, blocks.by_rows(p)).mul_(b) if tau is None else tau
+    torch.addcmul(row, over_queries(weighed), over_keys(b), out=found)  # two passes; a product of width 3 takes four
+    return found.addcmul_(over_queries(a), over_keys(b * tau), value=-1)
 
 
 class _Sum:

@@ -13,12 +13,25 @@ from . import dropout
 from .request import Forward, Masks, Request, share
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, seed: Tensor | None, request: Request) -> Forward:
-    """What ``request`` asks for. Shapes, dtypes and masks as in ``request.py``."""
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: Masks,
+    seed: Tensor | None,
+    request: Request,
+    *,
+    bias: Tensor | None = None,
+    links: Tensor | None = None,
+) -> Forward:
+    """What ``request`` asks for. Shapes, dtypes and masks as in ``request.py``; ``bias`` and ``links``, which only
+    ``biased.py`` has, broadcast to (B, H, S, P)."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     B, H, S, _ = q.shape
     P = k.shape[2]
     s = request.scale * (q.to(compute) @ k.to(compute).transpose(-1, -2))  # (B, H, S, P)
+    if bias is not None:
+        s = s + bias.to(compute)
     allowed = torch.ones(B, H, 1, P, dtype=torch.bool, device=q.device)
     if masks.key is not None:
         allowed = allowed & masks.key[:, None, None, :]
@@ -26,6 +39,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, seed: Tensor | None, 
         allowed = allowed & masks.head[:, :, None, None]
     if masks.link is not None:
         allowed = allowed & masks.link[:, None]
+    if links is not None:
+        allowed = allowed & links
     counted = torch.ones(B, S, dtype=torch.bool, device=q.device) if masks.query is None else masks.query
 
     s = s.masked_fill(~allowed, -torch.inf)

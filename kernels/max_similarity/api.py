@@ -68,8 +68,10 @@ def max_similarity(
             elsewhere. A name forces one; ``reference`` is the specification and materialises the similarities.
 
     Returns:
-        (B, P) scores, summed in float32 whatever the input (float64 for float64). Among equal similarities the first
-        word is the argmax. A similarity that is NaN counts as the largest, so that it shows in the score.
+        (B, P) scores, summed in float32 whatever the input (float64 for float64). On CPUs that multiply bfloat16 a
+        similarity of bfloat16 tokens is then rounded to it, as a matrix product is, and words that it makes equal are
+        equal. Among equal similarities the first word is the argmax. A similarity that is NaN counts as the largest,
+        so that it shows in the score.
 
     Gradients flow through the argmax to both tokens: to a patch from its word, to a word from all patches it is the
     argmax of, summed in a fixed order.

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..linear import bf16_products, linear
+
 TILE = 2**20  # bytes of similarities
+ALONE = 2**21  # multiply-adds from which a sample's float32 products are better multiplied alone, by ``linear``
 COPY = 2**21  # bytes of tokens that are copied at a time where they have to be, but at least one sample
 NARROWEST = 16  # patches of a tile, where a sample has very many words
 
@@ -18,22 +21,28 @@ NARROWEST = 16  # patches of a tile, where a sample has very many words
 @torch.no_grad()
 def forward(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """score (B, P) float32 (float64) and argmax (B, P) int64 of (B, P, D) and (B, S, D); the mask is (B, S) bool."""
-    (B, P, _), S, dtype = image_tokens.shape, text_tokens.shape[1], _accumulate(image_tokens.dtype)
+    (B, P, D), S, dtype = image_tokens.shape, text_tokens.shape[1], _accumulate(image_tokens.dtype)
     score, argmax = (image_tokens.new_empty((B, P), dtype=kind) for kind in (dtype, torch.int64))
-    fit = max(1, TILE // (S * score.element_size()))  # columns of S similarities
+    operand = _operand(image_tokens)
+    fit = max(1, TILE // (S * torch.finfo(operand).bits // 8))  # columns of S similarities
     samples, patches = max(1, fit // P), min(P, max(fit, NARROWEST))
-    if dtype != image_tokens.dtype:
+    if operand != image_tokens.dtype:
         samples = min(samples, _copied(image_tokens, text_tokens))
-    workspace = image_tokens.new_empty(min(samples, B) * S * patches, dtype=dtype)
+    if operand == torch.float32 and S * patches * D >= ALONE:
+        samples = 1
+    workspace = image_tokens.new_empty(min(samples, B) * S * patches, dtype=operand) if samples > 1 else None
     for b in range(0, B, samples):
         here = slice(b, min(b + samples, B))
-        text = text_tokens[here].to(dtype)
+        text = text_tokens[here].to(operand)
         masked = None if text_mask is None else ~text_mask[here, :, None]
         for p in range(0, P, patches):
-            image = image_tokens[here, p : p + patches].to(dtype)
-            shape = (len(text), S, image.shape[1])
-            s = workspace[: shape[0] * shape[1] * shape[2]].view(shape)
-            torch.bmm(text, image.mT, out=s)
+            image = image_tokens[here, p : p + patches].to(operand)
+            if workspace is None:
+                s = linear(text[0], image[0])[None]
+            else:
+                shape = (len(text), S, image.shape[1])
+                s = workspace[: shape[0] * shape[1] * shape[2]].view(shape)
+                torch.bmm(text, image.mT, out=s)
             if masked is not None:
                 s.masked_fill_(masked, -torch.inf)
             highest, found = s.max(1)
@@ -90,6 +99,14 @@ def _copied(image_tokens: Tensor, text_tokens: Tensor) -> int:
     """How many samples' tokens are copied at a time."""
     (P, D), S = image_tokens.shape[1:], text_tokens.shape[1]
     return max(1, COPY // (4 * (P + S) * D))
+
+
+def _operand(tokens: Tensor) -> torch.dtype:
+    """What products are in: bfloat16 as it is where the processor can, each similarity rounded to it as PyTorch's own
+    product is; else what scores are in."""
+    if tokens.dtype == torch.bfloat16 and bf16_products(tokens.device.type):
+        return tokens.dtype
+    return _accumulate(tokens.dtype)
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
