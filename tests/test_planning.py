@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -25,10 +26,10 @@ from crossmask.engine.planning.command import load_unopened, plan_recipe  # noqa
 from crossmask.engine.planning.estimate import Plan, described, largest_batch, plan  # noqa: E402
 from crossmask.engine.planning.tally import Launched, Rates  # noqa: E402
 from crossmask.engine.planning.trace import Parameter, Trace, trace  # noqa: E402
-from crossmask.engine.planning.zero import Layout, Zero, gathered_elements, held, persistent, wire  # noqa: E402
+from crossmask.engine.planning.zero import Layout, Zero, gathered_elements, held, on_top, persistent, wire  # noqa: E402
 from crossmask.engine.recipe import Recipe  # noqa: E402
 from crossmask.engine.training.systems import build_system  # noqa: E402
-from crossmask.kernels.roofline import DEVICES, Work  # noqa: E402
+from crossmask.kernels.roofline import DEVICES, Work, cross_attention_backward, soft_contrastive  # noqa: E402
 
 EMOJI = ("albef-emoji", "syncmask-emoji", "sycoca-emoji", "composed-emoji", "recognition-emoji")
 H100 = DEVICES["h100"]
@@ -104,6 +105,30 @@ def test_flops_are_those_of_the_formulas(albef: Recipe, albef_trace: Trace) -> N
     assert 1.9 * forward < counted["backward"] < 2.6 * forward
 
 
+def test_kernels_are_those_of_the_gpu_down_to_their_partial_sums() -> None:
+    """Two GPUs that differ in their multiprocessors alone; attention of 4 heads by 32, of 16 words to 18² patches and
+    a class token; contrast of 2 fp32 queries of width 128 with 4 keys of two ranks and a queue of 2048."""
+    recipe = load_unopened("albef-emoji", ["model.image.size=144"])
+    for processors in (4, 132):
+        gpu = dataclasses.replace(H100, multiprocessors=processors)
+        counted = {(one.name, one.work.bytes) for one in trace(recipe, Assumed.of(recipe), 2, 2, gpu).launched}
+        shared = {"architecture": "sm_90", "multiprocessors": processors}
+        for name, work in {
+            "cross_attention_backward": cross_attention_backward(2, 4, 16, 325, 32, "bf16", **shared),
+            "soft_contrastive": soft_contrastive(2, 4, 2048, 128, "fp32", **shared),
+            "soft_contrastive_backward": soft_contrastive(2, 4, 2048, 128, "fp32", backward=True, **shared),
+        }.items():
+            assert (f"crossmask::{name}", work.bytes) in counted, (name, processors)
+
+
+def test_every_part_of_a_step_is_one_that_the_engine_calls() -> None:
+    """A step's parts are told apart by the names of what it calls: one that is gone would end up in "rest"."""
+    from crossmask.engine.planning.trace import OBJECTIVES
+    from crossmask.engine.training import caption_step, step
+
+    assert [name for name in OBJECTIVES if not hasattr(step, name) and not hasattr(caption_step, name)] == []
+
+
 def test_a_mask_hides_what_the_recipe_says() -> None:
     recipe = load_unopened("syncmask-emoji", ["masking.image_ratio=0.25"])
     assert hidden_patches(recipe) == 9
@@ -145,7 +170,7 @@ def layout(stage: int, ranks: int, persistence: int = 10) -> tuple[Layout, Trace
         Parameter("vector", 7, 1, True, True, (1, 2)),
         Parameter("head", 11, 0, False, False),
     ]
-    zero = Zero(stage, 50, False, persistence, 10**9, 10**9)
+    zero = Zero(stage, 50, False, persistence, 10**9, 10**9, 20, 25)
     seen = Trace(4, ranks, [], 0, 0, [], parameters, 108, 0, [101, 7, 7, 101])
     return Layout.of(zero, parameters, ranks), seen
 
@@ -160,6 +185,22 @@ def test_state_by_stage_by_hand() -> None:
     assert [found[3][n] for n in names] == [2 * (parts + 8), 4 * parts, 8 * parts, 4 * parts, 2 * parts]
     full = held(*layout(0, 4), 4)
     assert [full[n] for n in names] == [4 * 119, 0, 8 * 119, 4 * 108, 0]
+
+
+def test_what_comes_and_goes_by_hand() -> None:
+    """By backward, step and look; a bucket of 50 elements, of which stage 3 gathers 20 at a time and steps 25."""
+
+    def bytes_of(stage: int, ranks: int, element: int = 2, accumulates: bool = False) -> list[int]:
+        return [sum(x.values()) for x in on_top(layout(stage, ranks)[0], element, accumulates).values()]
+
+    assert bytes_of(0, 1) == [2 * 119, (2 + 4) * 119, 0]
+    assert bytes_of(0, 4, element=4) == [4 * 119, (4 + 4) * 119, 0], "joined for one all-reduce"
+    assert bytes_of(1, 4) == [2 * (120 + 50), 2 * (120 + 50 + 50), 0], "its buckets are more than the step's copies"
+    assert bytes_of(2, 1) == [2 * (120 + 50), (2 + 2 + 4) * 120, 0]
+    assert bytes_of(2, 1, accumulates=True)[0] == 2 * (240 + 50)
+    assert bytes_of(2, 1, element=4)[1] == (4 + 4) * 120, "fp32 needs no fp32 copy"
+    assert bytes_of(3, 4) == [2 * (116 + 20 + 50), (2 + 4) * 25, 2 * 112]
+    assert bytes_of(3, 1) == [2 * 50, (2 + 4) * 25, 2 * 108], "a single rank gathers its student nowhere"
 
 
 def test_wire_by_stage_by_hand() -> None:
@@ -182,7 +223,7 @@ def test_stage_3_gathers_again_what_it_has_released() -> None:
     one, seen = layout(3, 4)
     assert persistent(one.zero, seen.parameters) == {"vector"}
     assert gathered_elements(one, seen) == 104
-    short = Zero(3, 50, False, 10, 10**9, 14)
+    short = Zero(3, 50, False, 10, 10**9, 14, 20, 25)
     again = Layout.of(short, seen.parameters, 4)
     assert gathered_elements(again, seen) == 208, "14 elements of others lie between its two uses"
 
@@ -266,6 +307,7 @@ def test_the_tables_fit_80_columns_and_say_predicted(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("albef-emoji", [], 2, "h10"), "--gpu h10: did you mean h100? known are a100-80gb"),
+        (("albef-emoji", [], 2, "A100"), "--gpu A100: did you mean a100-80gb? known are"),
         (("albef-emoji", [], 0, "h100"), "--gpus 0"),
         (("albef-emoji", [], 7, "h100"), "training.batch_size: 256 is not divisible by 7 ranks"),
         (("albef-emoj", [], 2, "h100"), "no such recipe"),

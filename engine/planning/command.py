@@ -14,8 +14,9 @@ from ..atomic import replace_file
 from ..errors import RecipeError, UserError, nearest
 from ..recipe import Recipe
 from ..recipe_files import WEIGHT_FIELDS, load_recipe
+from .advice import help_for
 from .display import show
-from .estimate import described, help_for, plan
+from .estimate import described, plan
 from .tally import Rates
 
 WIDTH = 80
@@ -38,7 +39,8 @@ def plan_recipe(
             at no stage; what is known of the last is printed before.
     """
     if gpu not in DEVICES:
-        close = nearest(gpu, DEVICES)
+        begin = (name for name in DEVICES if gpu and name.startswith(gpu.lower()))  # a100 is by letters nearer to h100
+        close = next(begin, None) or nearest(gpu.lower(), DEVICES)
         hint = f"did you mean {close}? " if close else ""
         raise UserError(f"--gpu {gpu}: {hint}known are {', '.join(DEVICES)}")
     if gpus < 1:

@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def usable(self) -> float:
-        return self.device.memory * (1 - RESERVED)
+        return usable(self.device)
 
     def fits(self, stage: Stage) -> bool:
         return stage.total <= self.usable
@@ -83,6 +83,11 @@ class Plan:
         return next(stage for stage in fitting if stage.seconds <= (1 + TOLERANCE) * fastest)
 
 
+def usable(device: Device) -> float:
+    """Bytes of its memory that a run can have."""
+    return device.memory * (1 - RESERVED)
+
+
 def plan(recipe: Recipe, device: Device, gpus: int, rates: Rates, assumed: Assumed | None = None) -> Plan:
     """Work it out. Nothing is allocated, no data are opened.
 
@@ -91,14 +96,13 @@ def plan(recipe: Recipe, device: Device, gpus: int, rates: Rates, assumed: Assum
     """
     assumed = assumed or Assumed.of(recipe)
     pairs = check_world(recipe, gpus)
-    seen = trace(recipe, assumed, pairs, gpus, device.architecture)
+    seen = trace(recipe, assumed, pairs, gpus, device)
 
     @cache
-    def most(some: int) -> float:
-        one = seen if some == pairs else trace(recipe, assumed, some, gpus, device.architecture)
-        return float(one.most)
+    def other(some: int) -> Trace:
+        return seen if some == pairs else trace(recipe, assumed, some, gpus, device)
 
-    stages = [_stage(recipe, device, gpus, rates, number, seen, most) for number in STAGES]
+    stages = [_stage(recipe, device, gpus, rates, number, seen, other) for number in STAGES]
     notes = assumed.notes(recipe)
     if pairs == 1 and recipe.objectives.itm.weight > 0:
         notes.append("ITM is left out: a GPU's batch is one pair, of which there is no negative (training.batch_size)")
@@ -111,43 +115,58 @@ def plan(recipe: Recipe, device: Device, gpus: int, rates: Rates, assumed: Assum
 
 
 def _stage(
-    recipe: Recipe, device: Device, gpus: int, rates: Rates, number: int, seen: Trace, most: Callable[[int], float]
+    recipe: Recipe, device: Device, gpus: int, rates: Rates, number: int, seen: Trace, other: Callable[[int], Trace]
 ) -> Stage:
     element = PRECISIONS[recipe.training.precision].itemsize
     micro = recipe.training.accumulation_steps
     layout = Layout.of(Zero.of(recipe, gpus, number), seen.parameters, gpus)
-    state = {**held(layout, seen, element), "queue": queue_bytes(recipe)}
-    extra = on_top(layout, element, micro > 1)
-    lasting = lasting_buffers(layout, element)
-    memory = _memory(state, extra, lasting, seen)
     follows = recipe.model.captioner is not None
     parts = _computing(recipe, device, rates, layout, seen)
     transfers = [_transfer(one, device, gpus, rates, parts) for one in wire(layout, seen, element, micro, follows)]
     for kind in sorted({one.collective.kind for one in transfers}):
         parts[f"{kind} on the wire"] = sum(one.exposed for one in transfers if one.collective.kind == kind)
-    usable = device.memory * (1 - RESERVED)
-    fixed = sum(state.values()) + lasting
-    fitting = 0
-    if fixed + sum(extra["step"].values()) <= usable:
-        fitting = largest_batch(usable - fixed - sum(extra["backward"].values()), most, max(8, seen.pairs))
-    return Stage(number, memory, transfers, parts, fitting)
+    room, fitting = usable(device) - sum(_fixed(recipe, layout, seen).values()), 0
+    moments = _moments(recipe, layout)
+    if sum(moments["step"].values()) <= room:
+        fitting = largest_batch(room, lambda pairs: max(_needed(moments, other(pairs)).values()), max(8, seen.pairs))
+    return Stage(number, memory_at(recipe, layout, seen), transfers, parts, fitting)
 
 
-def _memory(
-    state: Mapping[str, int], extra: Mapping[str, Mapping[str, int]], lasting: int, seen: Trace
-) -> dict[str, int]:
-    """Bytes at the worst moment, which the backward is unless the optimizer's copies of gradients are more."""
-    backward, step = extra["backward"], extra["step"]
+def _fixed(recipe: Recipe, layout: Layout, seen: Trace) -> dict[str, int]:
+    """Bytes that are there all the time, whatever the batch."""
+    element = PRECISIONS[recipe.training.precision].itemsize
+    lasting = {"DeepSpeed's buffers": lasting_buffers(layout, element)}
+    return {**held(layout, seen, element), "queue": queue_bytes(recipe), **lasting}
+
+
+def _moments(recipe: Recipe, layout: Layout) -> dict[str, dict[str, int]]:
+    """Bytes that come and go beside activations, whatever the batch."""
+    return on_top(layout, PRECISIONS[recipe.training.precision].itemsize, recipe.training.accumulation_steps > 1)
+
+
+def _needed(moments: Mapping[str, Mapping[str, int]], seen: Trace) -> dict[str, int]:
+    """Bytes that come and go at each moment, activations included: by the step these are gone."""
+    activations = {"backward": seen.most, "look": seen.looked}
+    return {name: sum(parts.values()) + activations.get(name, 0) for name, parts in moments.items()}
+
+
+def memory_at(recipe: Recipe, layout: Layout, seen: Trace) -> dict[str, int]:
+    """Bytes at the worst moment, which the backward is unless the optimizer's copies of gradients are more, or the
+    teacher's weights, gathered while it looks."""
+    fixed, moments = _fixed(recipe, layout, seen), _moments(recipe, layout)
+    backward, needed = moments["backward"], _needed(moments, seen)
+    lasting = fixed.pop("DeepSpeed's buffers")
     features = sum(one.count for one in seen.sent if one.kind == "all_gather")
-    rows = {
-        **state,
+    copies = max(0, needed["step"] - needed["backward"])
+    return {
+        **fixed,
         "gradients": backward["gradients"],
         "DeepSpeed's buffers": lasting + backward.get("bucket", 0) + backward.get("gathered weights", 0),
         "features of all ranks": features,
         "activations": max(0, seen.most - features),
+        "optimizer's copies": copies,
+        "teacher, gathered": max(0, needed["look"] - needed["backward"] - copies),
     }
-    more = sum(step.values()) - sum(backward.values()) - seen.most
-    return {**rows, "optimizer's copies": max(0, more)}
 
 
 def largest_batch(room: float, most: Callable[[int], float], start: int) -> int:
@@ -273,21 +292,6 @@ def described(found: Plan) -> dict[str, object]:
         "recommended_stage": None if recommended is None else recommended.stage,
         "stages": [of_stage(stage) for stage in found.stages],
     }
-
-
-def help_for(found: Plan) -> str:
-    """What would make a recipe fit that fits at no stage."""
-    pairs = max(stage.pairs for stage in found.stages)
-    batch, micro = found.recipe.training.batch_size, found.recipe.training.accumulation_steps
-    if pairs:
-        enough = (k for k in range(micro, batch + 1) if batch % (k * found.gpus) == 0)
-        steps = next(k for k in enough if batch // (k * found.gpus) <= pairs)
-        return f"set training.accumulation_steps to {steps}, or take {_more(found.gpus, found.pairs, pairs)} GPUs"
-    return "not even one pair does: take GPUs with more memory, or a smaller model or image"
-
-
-def _more(gpus: int, pairs: int, fitting: int) -> int:
-    return gpus * -(-pairs // fitting)
 
 
 def kinds(stages: Sequence[Stage]) -> list[str]:

@@ -8,7 +8,7 @@ from ..recipe import Recipe
 from ..recipe_files import check_world
 from .assumed import Assumed
 from .trace import PRECISIONS, trace
-from .zero import Layout, Zero, held, lasting_buffers, recipe_stage, wire
+from .zero import Layout, Zero, held, lasting_buffers, on_top, recipe_stage, wire
 
 
 def queue_bytes(recipe: Recipe) -> int:
@@ -17,7 +17,8 @@ def queue_bytes(recipe: Recipe) -> int:
 
 
 def expected(recipe: Recipe, assumed: Assumed, ranks: int) -> dict[str, Any]:
-    """Of the recipe at its own stage. Collective kinds as ``KIND OPERATION``."""
+    """Of the recipe at its own stage. Collective kinds as ``KIND OPERATION``; of the most that a step holds beyond what
+    is held between steps only what does not come of activations, which a CPU has others of than a GPU."""
     element = PRECISIONS[recipe.training.precision].itemsize
     k = recipe.training.accumulation_steps
     seen = trace(recipe, assumed, check_world(recipe, ranks), ranks)
@@ -36,4 +37,5 @@ def expected(recipe: Recipe, assumed: Assumed, ranks: int) -> dict[str, Any]:
             "queue": queue_bytes(recipe),
         },
         "sent": sent,
+        "most": {moment: sum(parts.values()) for moment, parts in on_top(layout, element, k > 1).items()},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -118,16 +119,75 @@ class Wire(TorchDispatchMode):
             yield self
 
 
+class Most(TorchDispatchMode):
+    """The most bytes that live at once of what is made inside, by moment: the teacher's look, the student's forward and
+    backward, the optimizer's step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.most = 0, {"look": 0, "backward": 0, "step": 0}
+        self._moment = ""
+        self._held: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tensors([args, kwargs])}  # whose views are nothing new
+        for tensor in tensors(found):
+            storage = tensor.untyped_storage()
+            key, count = storage._cdata, storage.nbytes()
+            if count and key not in self._held and key not in given:
+                self._held.add(key)
+                self.live += count
+                weakref.finalize(storage, self._drop, key, count)
+        if self._moment:
+            self.most[self._moment] = max(self.most[self._moment], self.live)
+        return found
+
+    def _drop(self, key: int, count: int) -> None:
+        self._held.discard(key)
+        self.live -= count
+
+    @contextmanager
+    def listening(self, pretrainer: Pretrainer) -> Iterator[Most]:
+        """Inside, the moments of ``pretrainer``'s steps are told apart."""
+
+        def of(moment: str, call: Any) -> Any:
+            def run(*args: Any, **options: Any) -> Any:
+                self._moment = moment
+                try:
+                    return call(*args, **options)
+                finally:
+                    self._moment = ""
+
+            return run
+
+        engine, shadow = pretrainer.engine, pretrainer.teacher._shadow
+        with ExitStack() as stack:
+            for owner, name, moment in (
+                (shadow, "gather", "look"),
+                (engine, "forward", "backward"),
+                (engine, "backward", "backward"),
+                (engine, "step", "step"),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, of(moment, getattr(owner, name))))
+            stack.enter_context(self)
+            yield self
+
+
 def measure(pretrainer: Pretrainer, before: dict[int, int], warm_up: int = 2) -> dict[str, Any]:
-    """What one step sends, after some that settle DeepSpeed's buffers and order, and what is held behind it."""
+    """What a step sends, after some that settle DeepSpeed's buffers and order, the most that another one holds beyond
+    what is held between steps, and that."""
     for _ in range(warm_up):
         pretrainer.step()
     with Wire().listening() as wire:
         pretrainer.step()
         _ = pretrainer.teacher.model  # waits for what is under way
+    with Most().listening(pretrainer) as most:
+        pretrainer.step()
+        _ = pretrainer.teacher.model
     held = held_bytes(pretrainer, before)
     alone = (
         not dist.is_initialized() or dist.get_world_size() == 1
     )  # DeepSpeed then calls collectives that send nothing
     sent = {} if alone else {f"{kind} {operation}": n for (kind, operation), n in sorted(wire.sent.items())}
-    return {"held": held, "sent": sent}
+    return {"held": held, "sent": sent, "most": most.most}

@@ -20,6 +20,8 @@ from crossmask.kernels.roofline.cross_entropy import soft_cross_entropy
 from crossmask.kernels.roofline.selection import max_similarity
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# statistics by whose gradients a backward is called, in its arguments' order
+GRADIENTS = ("lse", "max_probability", "entropy", "key_attention", "query_attention")
 NOTHING = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "scalar_tensor", "promote_types")
 
 
@@ -51,14 +53,20 @@ class Tally(TorchDispatchMode):
     ``torch.utils.flop_counter``, those of this package by ``crossmask.kernels.roofline``.
     """
 
-    def __init__(self, hidden: int, patches: int, architecture: str = "sm_90") -> None:
-        """``hidden`` of ``patches``: how many a mask of patches, of which there are only shapes, selects."""
+    def __init__(self, hidden: int, patches: int, device: Device) -> None:
+        """``hidden`` of ``patches``: how many a mask of patches, of which there are only shapes, selects. ``device``:
+        whose tiles and partial sums this package's kernels take."""
         super().__init__()
-        self.hidden, self.patches, self.architecture = hidden, patches, architecture
+        self.hidden, self.patches, self.device = hidden, patches, device
         self.part = "rest"
         self.launched: list[Launched] = []
-        self.live = self.most = 0  # bytes of what was made inside and is still held; at most
+        self.live = 0  # bytes of what was made inside and is still held
+        self.highest: dict[str, int] = {}  # at most, by part
         self._held: set[int] = set()
+
+    @property
+    def most(self) -> int:
+        return max(self.highest.values(), default=0)
 
     def leave_out(self, outside: Iterable[Tensor]) -> None:
         """Tensors that are there anyway: neither they nor views of them are counted as held."""
@@ -88,7 +96,7 @@ class Tally(TorchDispatchMode):
         self, func: Any, name: str, args: Any, kwargs: Any, found: Any, inputs: list[Tensor], outputs: list[Tensor]
     ) -> Work:
         if name in OURS:
-            return OURS[name](args, self.architecture)
+            return OURS[name](args, self.device)
         vector, flops = float(sum(x.numel() for x in outputs)), {}
         if func._overloadpacket in flop_registry:
             count = float(flop_registry[func._overloadpacket](*args, **kwargs, out_val=found))
@@ -102,7 +110,7 @@ class Tally(TorchDispatchMode):
             if count and key not in self._held:
                 self._held.add(key)
                 self.live += count
-                self.most = max(self.most, self.live)
+                self.highest[self.part] = max(self.highest.get(self.part, 0), self.live)
                 weakref.finalize(storage, self._drop, key, count)
 
     def _drop(self, key: int, count: int) -> None:
@@ -142,51 +150,56 @@ def _dtype(x: Tensor) -> str:
     return DTYPES.get(x.dtype, "fp32")
 
 
-def _attention(args: Any, architecture: str) -> Work:
+def _attention(args: Any, device: Device) -> Work:
     q, k, statistics = args[0], args[1], args[12]
     b, h, s, d = q.shape
-    return cross_attention_forward(b, h, s, k.shape[2], d, _dtype(q), statistics or (), architecture)
+    return cross_attention_forward(b, h, s, k.shape[2], d, _dtype(q), statistics or (), device.architecture)
 
 
-def _attention_backward(args: Any, architecture: str) -> Work:
+def _attention_backward(args: Any, device: Device) -> Work:
     q, k = args[6], args[7]
     b, h, s, d = q.shape
-    return cross_attention_backward(b, h, s, k.shape[2], d, _dtype(q), (), architecture)
+    through = [name for name, gradient in zip(GRADIENTS, args[1:6], strict=True) if gradient is not None]
+    sizes = (b, h, s, k.shape[2], d)
+    return cross_attention_backward(*sizes, _dtype(q), through, device.architecture, device.multiprocessors)
 
 
-def _contrast(first: int) -> Callable[[Any, str], Work]:
-    def work(args: Any, architecture: str) -> Work:
+def _contrast(first: int) -> Callable[[Any, Device], Work]:
+    def work(args: Any, device: Device) -> Work:
         queries, keys = args[first], args[first + 1]
         queue, distillation = args[first + 6], args[first + 8]
         return soft_contrastive(
             len(queries), len(keys), 0 if queue is None else len(queue), queries.shape[1], _dtype(queries),
-            None if queue is None else _dtype(queue), bool(distillation), backward=first > 0, architecture=architecture,
+            None if queue is None else _dtype(queue), bool(distillation), backward=first > 0,
+            architecture=device.architecture, multiprocessors=device.multiprocessors,
         )  # fmt: skip
 
     return work
 
 
-def _vocabulary(first: int) -> Callable[[Any, str], Work]:
-    def work(args: Any, architecture: str) -> Work:
+def _vocabulary(first: int) -> Callable[[Any, Device], Work]:
+    def work(args: Any, device: Device) -> Work:
         hidden, weight, bias, teacher = args[first], args[first + 1], args[first + 2], args[first + 4]
         return soft_cross_entropy(
             len(hidden), len(weight), hidden.shape[1], _dtype(hidden), bias is not None, teacher is not None,
-            backward=first > 0, architecture=architecture,
+            backward=first > 0, architecture=device.architecture,
         )  # fmt: skip
 
     return work
 
 
-def _similarity(first: int) -> Callable[[Any, str], Work]:
-    def work(args: Any, architecture: str) -> Work:
+def _similarity(first: int) -> Callable[[Any, Device], Work]:
+    def work(args: Any, device: Device) -> Work:
         image, text = args[first], args[first + 1]
         b, p, d = image.shape
-        return max_similarity(b, p, text.shape[1], d, _dtype(image), backward=first > 0, architecture=architecture)
+        return max_similarity(
+            b, p, text.shape[1], d, _dtype(image), backward=first > 0, architecture=device.architecture
+        )
 
     return work
 
 
-OURS: dict[str, Callable[[Any, str], Work]] = {  # where an op's queries or features stand among its arguments
+OURS: dict[str, Callable[[Any, Device], Work]] = {  # where an op's queries or features stand among its arguments
     "crossmask::cross_attention": _attention,
     "crossmask::cross_attention_backward": _attention_backward,
     "crossmask::soft_contrastive": _contrast(0),

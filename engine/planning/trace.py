@@ -12,6 +12,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from crossmask.kernels.roofline import DEVICES, Device
+
 from ..recipe import Recipe
 from ..teacher import FeatureQueue
 from ..training import caption_step, step, systems
@@ -70,6 +72,7 @@ class Trace:
     teacher: int  # parameters
     buffers: int  # bytes of the student's; the teacher's are as many
     traffic: list[int] = field(default_factory=list)  # parameters of each module in the order in which they run
+    looked: int = 0  # of most, while the teacher runs
 
 
 class _Teacher:
@@ -93,15 +96,18 @@ def build(recipe: Recipe, assumed: Assumed) -> tuple[systems.System, nn.Module, 
         return system, system.build_student(), system.build_teacher()
 
 
-def trace(recipe: Recipe, assumed: Assumed, pairs: int, ranks: int, architecture: str = "sm_90") -> Trace:
-    """What one micro-step launches, saves and sends at the end of the run, where all objectives are on."""
+def trace(recipe: Recipe, assumed: Assumed, pairs: int, ranks: int, device: Device = DEVICES["h100"]) -> Trace:
+    """What one micro-step launches, saves and sends at the end of the run, where all objectives are on.
+
+    ``device`` decides how this package's kernels divide their work, and nothing of memory or what is sent.
+    """
     dtype = PRECISIONS[recipe.training.precision]
     system, student, teacher = build(recipe, assumed)
     groups = [group["params"] for group in parameter_groups(student, recipe.optimizer)]
     student.to(dtype)
     teacher.to(dtype).requires_grad_(False)
     patches = (recipe.model.image.size // recipe.model.image.patch_size) ** 2
-    tally = Tally(hidden_patches(recipe), patches, architecture)
+    tally = Tally(hidden_patches(recipe), patches, device)
     batch = meta_batch(recipe, assumed, pairs)
     given = [x for x in vars(batch).values() if isinstance(x, Tensor)]
     inputs = sum(size(x) for x in given)
@@ -143,6 +149,7 @@ def trace(recipe: Recipe, assumed: Assumed, pairs: int, ranks: int, architecture
     return Trace(
         pairs, ranks, tally.launched, saved + inputs, tally.most + inputs, sent, parameters,
         sum(p.numel() for p in teacher.parameters()), sum(size(b) for b in student.buffers()), order.traffic(),
+        tally.highest.get("teacher", 0) + inputs,
     )  # fmt: skip
 
 

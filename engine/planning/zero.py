@@ -34,6 +34,8 @@ class Zero:
     persistence: int  # parameters of up to so many elements stay whole at stage 3 ...
     model_persistence: int  # ... as long as they are no more than this together
     reuse: int  # elements of other parameters within which one that is needed again is not released
+    prefetch: int  # elements that stage 3 gathers at a time
+    sub_group: int  # elements of a rank's part that stage 3 steps at a time
 
     @classmethod
     def of(cls, recipe: Recipe, ranks: int, stage: int) -> Zero:
@@ -58,6 +60,8 @@ class Zero:
             int(known.param_persistence_threshold),
             int(known.model_persistence_threshold),
             int(known.max_reuse_distance),
+            int(known.prefetch_bucket_size),
+            int(known.sub_group_size),
         )
 
 
@@ -148,33 +152,40 @@ def lasting_buffers(layout: Layout, element: int) -> int:
 
 
 def on_top(layout: Layout, element: int, accumulates: bool) -> dict[str, dict[str, int]]:
-    """Bytes that come and go: those of the backward, beside activations, and those of the optimizer's step.
+    """Bytes that come and go: those of the backward, beside activations, those of the optimizer's step, and those of
+    the teacher's look, beside its few activations.
 
     Beside the bucket DeepSpeed joins what it reduces in memory of its own: at stage 3 while the backward goes on, at
-    stages 1 and 2 (without ``overlap_comm``) when activations are gone. At stage 3 the whole student and, while it
-    looks, the whole teacher are gathered, as far as they are reused.
+    stages 1 and 2 (without ``overlap_comm``) when activations are gone. At stage 3 the whole student is gathered, as
+    far as it is reused, and a bucket of it lies there twice; a single rank computes with its own part. The teacher is
+    copied together on any number of ranks. The step flattens this rank's gradients, and in 16 bits makes fp32 of them.
     """
     zero, whole, part = layout.zero, layout.whole, layout.part
+    fp32 = FP32 if element < FP32 else 0
     buckets = element * zero.bucket * (2 if zero.overlap else 1)
     if zero.stage == 0:
         joined = element * min(whole, STAGE0_BUCKET) if layout.ranks > 1 else 0
         return {
             "backward": {"gradients": element * whole},
-            "step": {"gradients": max(element * whole + joined, FP32 * whole)},
+            "step": {"gradients": element * whole + max(joined, fp32 * whole)},
+            "look": {},
+        }
+    if zero.stage == 3:
+        gathered = max(0, min(zero.reuse, layout.whole - layout.persistent)) if layout.ranks > 1 else 0
+        weights = element * (gathered + min(zero.prefetch, gathered))
+        return {
+            "backward": {"gathered weights": weights, "gradients": element * min(whole, zero.bucket)},
+            "step": {"gradients": (fp32 + element) * min(part, zero.sub_group)},
+            "look": {"gathered weights": element * layout.teacher},
         }
     gradients = element * (whole if zero.stage == 1 else part * (2 if accumulates else 1))
-    if zero.stage == 3:
-        gathered = element * max(0, min(zero.reuse, layout.whole - layout.persistent))
-        teacher = element * layout.teacher
-        return {
-            "backward": {"gathered weights": max(gathered, teacher), "gradients": element * min(whole, zero.bucket)},
-            "step": {"gradients": FP32 * part},
-        }
-    optimizer = gradients + (element + FP32) * part  # this rank's part, and in fp32
-    reduction = gradients + buckets + element * min(whole, zero.bucket)
+    optimizer = (2 * element + fp32) * part  # this rank's gradients, flat, and in fp32
+    joins = buckets + element * min(whole, zero.bucket)
+    reduction = gradients + max(joins, element * part if zero.stage == 1 else 0)  # stage 1 then copies its part of them
     return {
         "backward": {"gradients": gradients, "bucket": buckets},
         "step": {"gradients": max(optimizer, reduction)},
+        "look": {},
     }
 
 

@@ -50,11 +50,12 @@ _ALL = (
     ),
     Device(
         "h200", "NVIDIA H200 SXM 141 GB", "sm_90", 141 * GB, 4.8 * TB, _matrix(989.4, 494.7, 66.9), 66.9 * TFLOPS,
-        50 * MiB, 450 * GB, 8, 50 * GB, "NVIDIA H200 data sheet; DGX H200 data sheet", 132,
+        60 * MiB, 450 * GB, 8, 50 * GB, "NVIDIA H200 and DGX H200 data sheets; L2 as its driver reports it", 132,
     ),
     Device(
-        "b200", "NVIDIA B200 180 GB", "sm_100", 180 * GB, 8 * TB, _matrix(2250, 1125, 75), 75 * TFLOPS,
-        126 * MiB, 900 * GB, 8, 50 * GB, "NVIDIA DGX B200 and HGX B200 data sheets; L2 as its driver reports it", 148,
+        "b200", "NVIDIA B200 180 GB", "sm_100", 180 * GB, 7.7 * TB, _matrix(2250, 1125, 75), 75 * TFLOPS,
+        126 * MiB, 900 * GB, 8, 50 * GB,
+        "NVIDIA Blackwell data sheet, HGX B200; DGX B200 data sheet; L2 as its driver reports it", 148,
     ),
     Device(
         "l40s", "NVIDIA L40S 48 GB", "sm_89", 48 * GB, 864 * GB, _matrix(362, 183, 91.6), 91.6 * TFLOPS,
