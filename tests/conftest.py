@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+
+# Transformers looks for a package of this name; from the root of the checkout it would import this one's kernels a
+# second time under it, and their ops would be registered twice.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 for name, value in {
     "OMP_NUM_THREADS": "1",  # small tensors, and tests that start several ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ SAME_ROOM = {  # two files on one subject
 }
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 KERNELS_MAY_IMPORT = {"torch", "triton", "crossmask", "__future__", *sys.stdlib_module_names}
+INTEGRATIONS_MAY_IMPORT = {"transformers", "timm"}  # kernels/integrations alone, and never unless it is asked for
 MAX_LINES = 450
 
 
@@ -107,8 +109,17 @@ def test_rooms_do_not_import_each_other_in_a_circle() -> None:
 
 @pytest.mark.parametrize("module", [m for m in MODULES if own_room(m) == "kernels"], ids=identify)
 def test_kernels_import_torch_and_triton_alone(module: Path) -> None:
+    integrates = module.parent == ROOT / "kernels" / "integrations"
+    allowed = KERNELS_MAY_IMPORT | INTEGRATIONS_MAY_IMPORT if integrates else KERNELS_MAY_IMPORT
     for line, name in imports(module):
-        assert name.split(".")[0] in KERNELS_MAY_IMPORT, f"{identify(module)}:{line} imports {name}"
+        assert name.split(".")[0] in allowed, f"{identify(module)}:{line} imports {name}"
+
+
+def test_the_kernels_bring_neither_transformers_nor_timm_along() -> None:
+    code = "import crossmask.kernels, crossmask.kernels.integrations.transformers, sys; "
+    code += "print(*{'transformers', 'timm'} & {*sys.modules})"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == ""
 
 
 def test_every_library_is_declared() -> None:

@@ -1,6 +1,7 @@
 """From what the teacher sees to masks: policies, ratios and their schedules, corruption."""
 
 from . import policies as _files  # noqa: F401  (importing a policy's file registers it)
+from .choosing import choose_masks
 from .draws import Draws
 from .plan import KEEP, MaskContext, MaskPlan
 from .planner import MaskPlanner, check_masking
@@ -16,6 +17,7 @@ __all__ = [
     "Policy",
     "build_policy",
     "check_masking",
+    "choose_masks",
     "policies",
     "reads_words",
     "register_policy",

@@ -184,10 +184,11 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 12
     if all(gradient is None for gradient in gradients[:6]):
         return (None, None, None, *nothing)
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
     if by_output is None:
-        by_output = torch.zeros_like(ctx.saved_tensors[3])
+        by_output = torch.zeros_like(saved[3])
     found = torch.ops.crossmask.cross_attention_backward(
-        by_output, by_lse, by_max, by_entropy, by_key, by_query, *ctx.saved_tensors, *ctx.request_fields
+        by_output, by_lse, by_max, by_entropy, by_key, by_query, *saved, *ctx.request_fields
     )
     needed = (x if need else None for x, need in zip(found, ctx.needs_input_grad[:3], strict=True))
     return (*needed, *nothing)
