@@ -1,14 +1,17 @@
 # make install   .venv with everything, the native extension included; again only when something it is made from changed
 # make train     the default run on the embedded data set
 # make test      install, lint, test
-# make bench     microbenchmarks against what one would use instead
+# make bench     every op and whole steps against what one would use instead, a quarter of an hour: benchmarks/results/latest-cpu.json
+# make bench-gpu the same on a GPU: benchmarks/results/latest-cuda.json
+# make bench-compare  the last run against the record that docs/performance.md shows; fails on a regression beyond the noise
+# make bench-accept   the last run becomes that record, and docs/performance.md is written from it
 # make prove-gpu compile every GPU kernel for every architecture and predict times, no GPU needed, into benchmarks/static/
-# Settings: PYTHON=python3.12  ARGS="training.max_steps=20"  CROSSMASK_CUDA=0  CROSSMASK_CUDA_ARCHITECTURES="80;90"
+# Settings: PYTHON=python3.12  ARGS="training.max_steps=20"  CROSSMASK_CUDA=0  CROSSMASK_CUDA_ARCHITECTURES="80;90"  OLD=a.json NEW=b.json
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: install train test bench prove-gpu prove lint links clean
+.PHONY: install train test bench bench-gpu bench-compare bench-on bench-accept prove-gpu prove lint links clean
 
 # the first Python that is not too old or too new
 PYTHON := $(or $(PYTHON),$(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -17,6 +20,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 ARGS ?=
+OLD ?= benchmarks/results/cpu.json
+NEW ?= benchmarks/results/latest-cpu.json
 
 install: $(INSTALLED)
 
@@ -41,8 +46,22 @@ train: install
 test: lint
 	@$(BIN)/python -m pytest -q $(ARGS)
 
-bench: install
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q benchmarks/bench_kernels.py --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+# the timeout is of an item, which may measure a whole step; our own table says what pytest-benchmark's would
+bench:
+	@$(MAKE) --no-print-directory bench-on DEVICE=cpu
+
+bench-gpu:
+	@$(MAKE) --no-print-directory bench-on DEVICE=cuda
+
+bench-on: install
+	@$(BIN)/python -m pytest -q benchmarks/bench_suite.py --device $(DEVICE) --timeout 900 \
+	  -o console_output_style=classic --benchmark-only --benchmark-quiet -r fE $(ARGS)
+
+bench-compare: install
+	@$(BIN)/python benchmarks/compare.py $(OLD) $(NEW) $(ARGS)
+
+bench-accept: install
+	@$(BIN)/python benchmarks/performance.py --accept $(NEW) $(ARGS)
 
 prove-gpu: install
 	@$(BIN)/python benchmarks/prove_attention.py $(ARGS)

@@ -22,14 +22,11 @@ machine reaches in this run. About 11 minutes on two cores; --quick, about 4, me
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +35,11 @@ import torch.nn.functional as F
 from albef_step import flops, memory, parts
 from albef_step.common import CommonStep
 from albef_step.ours import OurStep
+from albef_step.products import give_back, without_onednn
 from albef_step.sizes import BASE, Captioned, random_batch
-from bench_attention_cpu import machine
 from rich.console import Console
 from rich.table import Table
+from suite import machine
 
 from crossmask.kernels.linear import api as products
 from crossmask.kernels.linear import use_linear
@@ -53,25 +51,6 @@ BASELINE, BASELINE_BF16 = "common, fp32", "common, bf16 autocast"
 OURS, OURS_BF16, OURS_AUTOCAST = "ours, fp32", "ours, bf16", "ours, bf16 autocast"
 ONEDNN = ", oneDNN's products"
 AGAINST = {"ours-fp32": "common-fp32", "ours-autocast": "common-autocast", "ours-bf16": "common-autocast"}  # memory
-
-
-@contextmanager
-def pytorchs_products() -> Iterator[None]:
-    """Inside, float32 matrices are multiplied by what PyTorch takes for them."""
-    applies = products.applies
-    products.applies = lambda: False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        products.applies = applies
-
-
-def without_onednn(row: Row) -> Row:
-    def run(batch: Captioned) -> Any:
-        with pytorchs_products():
-            return row(batch)
-
-    return run
 
 
 def rates(rounds: int = 5) -> dict[str, float]:
@@ -160,7 +139,7 @@ def show_memory(lengths: list[int], stage: int) -> list[dict[str, Any]]:
             row = [str(longest), side, f"{here['resident'] / 1e9:.2f}", f"{here['tensors'] / 1e9:.2f}", "", ""]
             if side in AGAINST:
                 there = found[AGAINST[side]][str(longest)]
-                ratios = [here[what] / there[what] for what in ("resident", "tensors")]
+                ratios = [here[what] / max(1, there[what]) for what in ("resident", "tensors")]
                 row[4] = " / ".join(f"{r:.2f}" for r in ratios)
                 # bf16 weights have fp32 masters beside them, which no common side has: told, without a target
                 if side != "ours-bf16":
@@ -188,13 +167,6 @@ def show_parts(step: OurStep, batches: dict[int, Captioned], name: str, rate: fl
     return told
 
 
-def give_back() -> None:
-    """Memory of what was deleted, to the system."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="default: what PyTorch takes")
@@ -210,8 +182,8 @@ def main() -> None:
     if arguments.quick:
         arguments.lengths, arguments.rounds, arguments.no_memory = [25], min(2, arguments.rounds), True
     random.seed(0)
-    console.print(machine())
-    result: dict[str, Any] = {"machine": machine(), "stage": arguments.stage, "rounds": arguments.rounds}
+    console.print(machine.line())
+    result: dict[str, Any] = {"machine": machine.line(), "stage": arguments.stage, "rounds": arguments.rounds}
     batches = {longest: random_batch(BASE, longest) for longest in arguments.lengths}
     result["flops"] = {}
     for longest in batches:

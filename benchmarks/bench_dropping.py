@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_attention_cpu import machine
+from suite import machine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -114,7 +114,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    print(machine(), flush=True)
+    print(machine.line(), flush=True)
     results = {}
     image, steps = image_steps(arguments.batch, arguments.ratios)
     title = f"ViT-S/16 at 224, depth {VIT_S.depth}, batch {arguments.batch}, float32"
@@ -123,7 +123,7 @@ def main() -> None:
     title = f"text tower, {TEXT.depth} layers, width {TEXT.width}, length {LENGTH}, batch {arguments.batch}, float32"
     results["text"] = measure(title, text.bert.encoder.layer, steps, arguments.rounds)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
+        arguments.json.write_text(json.dumps({"machine": machine.line(), "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_attention_cpu import machine
+from suite import machine
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -209,7 +209,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     random.seed(0)
-    print(machine(), flush=True)
+    print(machine.line(), flush=True)
     results: dict[str, Any] = {}
     for size in arguments.sizes:
         shapes = list(SIZES[size]())
@@ -236,7 +236,7 @@ def main() -> None:
                 f"{name}, bf16 from bf16", low_precision(teacher, half), elements, 6, rounds
             )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
+        arguments.json.write_text(json.dumps({"machine": machine.line(), "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_attention_cpu import machine
 from rich.console import Console
 from rich.table import Table
+from suite import machine
 
 from crossmask.engine.data import PairData, load_data
 from crossmask.engine.recipe_files import load_recipe
@@ -121,8 +121,8 @@ def main() -> None:
     for name, side in sides.items():
         parts[name] = {part: total / arguments.rounds for part, total in side.seconds.items()}
 
-    told: dict[str, Any] = {"machine": machine(), "recipe": arguments.recipe, "rounds": arguments.rounds}
-    console.print(f"{machine()}; {arguments.recipe}, {arguments.rounds} rounds", highlight=False)
+    told: dict[str, Any] = {"machine": machine.line(), "recipe": arguments.recipe, "rounds": arguments.rounds}
+    console.print(f"{machine.line()}; {arguments.recipe}, {arguments.rounds} rounds", highlight=False)
     clocks = {"clock": seconds, "processor": busy}
     table = Table("", "ms a step", "quartiles", "processor", *next(iter(parts.values())))
     for name, found in seconds.items():

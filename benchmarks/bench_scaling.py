@@ -28,6 +28,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from crossmask.engine.training.distributed import free_port
+
 BUCKET = 2_000_000  # elements
 console = Console(width=110)
 
@@ -45,6 +47,7 @@ def overrides(options: argparse.Namespace, stage: int) -> list[str]:
 def one_rank(options: argparse.Namespace) -> None:
     """Inside a rank: train, measure, and write both measurement and expectation."""
     import torch
+    from albef_step.memory import resident
 
     from crossmask.engine.data import load_data
     from crossmask.engine.planning.assumed import Assumed
@@ -55,55 +58,99 @@ def one_rank(options: argparse.Namespace) -> None:
     from crossmask.engine.training.pretrainer import Pretrainer
 
     (stage,) = options.stages
+    imports = resident(peak=False)
     rank, ranks, device = init_distributed()
     recipe = load_recipe(options.recipe, overrides(options, stage))
     data = load_data(recipe)
     before = live_storages()
     pretrainer = Pretrainer(recipe, data, rank, ranks, device)
+    gpu = device.type == "cuda"
     pretrainer.step()
-    started = time.perf_counter()
+    seconds: list[float] = []
     for _ in range(options.steps):
+        started = time.perf_counter()
         pretrainer.step()
-    seconds = (time.perf_counter() - started) / options.steps
+        if gpu:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
     found: dict[str, Any] = {
-        "measured": measure(pretrainer, before, warm_up=1),
-        "samples_per_s": options.batch / seconds,
+        "seconds": seconds,
+        "samples_per_s": options.batch * len(seconds) / sum(seconds),
         "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        # of the GPU's memory, or of the process beyond what its imports take
+        "peak": torch.cuda.max_memory_allocated(device) if gpu else resident(peak=True) - imports,
     }
-    classes = None if data.classes is None else data.classes.classes
-    assumed = Assumed(data.tokenizer.vocabulary_size, data.max_tokens, classes)
-    found["expected"] = expected(recipe, assumed, ranks)
+    if not options.speed:
+        classes = None if data.classes is None else data.classes.classes
+        assumed = Assumed(data.tokenizer.vocabulary_size, data.max_tokens, classes)
+        found["measured"] = measure(pretrainer, before, warm_up=1)
+        found["expected"] = expected(recipe, assumed, ranks)
     found["torch"] = torch.__version__
     Path(f"{options.output}.{rank}.json").write_text(json.dumps(found))
     leave(0, together=True)
 
 
-def start(options: argparse.Namespace, ranks: int, stage: int) -> dict[str, Any]:
-    """Rank 0's findings; the others hold and send as much."""
+class RankFailed(Exception):
+    """A rank that did not come to its end; its last line."""
+
+
+def start(options: argparse.Namespace, ranks: int, stage: int, limit: float = 600.0) -> dict[str, Any]:
+    """Rank 0's findings; the others hold and send as much.
+
+    Raises:
+        RankFailed: a rank ended otherwise than it should, or not within ``limit`` seconds. None is left behind.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "found")
-        processes = []
-        for rank in range(ranks):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(options.port),
-                "CUDA_VISIBLE_DEVICES": "",
-                "DS_ACCELERATOR": "cpu",
-                "OMP_NUM_THREADS": "1",
-            }
-            command = [sys.executable, __file__, "--output", str(output), "--stages", str(stage)]
-            for name in ("recipe", "batch", "steps", "precision"):
-                command += [f"--{name}", str(getattr(options, name))]
-            processes.append(subprocess.Popen(command, env=environment))
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            raise SystemExit(f"a rank of {ranks} at ZeRO stage {stage} ended with {codes}")
+        logs = [Path(f"{output}.{rank}.log") for rank in range(ranks)]
+        command = [sys.executable, __file__, "--output", str(output), "--stages", str(stage)]
+        for name in ("recipe", "batch", "steps", "precision"):
+            command += [f"--{name}", str(getattr(options, name))]
+        command += ["--speed"] if options.speed else []
+        processes: list[subprocess.Popen[bytes]] = []
+        port = options.port or free_port()
+        try:
+            for rank, log in enumerate(logs):
+                with log.open("wb") as out:
+                    of_rank = environment(options.device, rank, ranks, port)
+                    process = subprocess.Popen(command, env=of_rank, stdout=out, stderr=subprocess.STDOUT)
+                processes.append(process)
+            wait(processes, logs, limit)
+        except RankFailed as error:
+            raise RankFailed(f"{ranks} ranks at ZeRO stage {stage}: {error}") from None
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
         found: dict[str, Any] = json.loads(Path(f"{output}.0.json").read_text())
         return found
+
+
+def environment(device: str, rank: int, ranks: int, port: int) -> dict[str, str]:
+    of_rank = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return os.environ | of_rank | (on_cpu if device == "cpu" else {})
+
+
+def wait(processes: list[subprocess.Popen[bytes]], logs: list[Path], limit: float) -> None:
+    """Until all have ended well; not for those who wait for one that has not."""
+    end = time.monotonic() + limit
+    while any(process.poll() is None for process in processes) or any(process.returncode for process in processes):
+        for rank, process in enumerate(processes):
+            if process.poll():
+                lines = [line.strip() for line in logs[rank].read_text(errors="replace").splitlines() if line.strip()]
+                raise RankFailed(f"rank {rank} ended with {process.returncode}: {lines[-1][:200] if lines else ''}")
+        if time.monotonic() > end:
+            raise RankFailed(f"no end within {limit:.0f} s")
+        time.sleep(0.05)
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -132,7 +179,7 @@ def show(results: list[dict[str, Any]]) -> None:
     console.print(speeds)
 
 
-def main() -> None:
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--recipe", default="albef-emoji")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
@@ -140,17 +187,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--port", type=int, default=29611)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: a GPU for each rank")
+    parser.add_argument("--port", type=int, help="of rank 0; default a free one")
+    parser.add_argument("--speed", action="store_true", help=argparse.SUPPRESS)  # of the suite: nothing else is told
     parser.add_argument("--json", type=Path)
     parser.add_argument("--output", help=argparse.SUPPRESS)  # of a rank
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parsed()
     if options.output:
         one_rank(options)
         return
     results = []
     for ranks in options.ranks:
         for stage in options.stages:
-            results.append({"ranks": ranks, "stage": stage, **start(options, ranks, stage)})
+            try:
+                results.append({"ranks": ranks, "stage": stage, **start(options, ranks, stage)})
+            except RankFailed as error:
+                raise SystemExit(str(error)) from None
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1))
     console.print(f"{options.recipe}, batch {options.batch} in all, {options.precision}; bytes on rank 0\n")

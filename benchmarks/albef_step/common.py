@@ -80,13 +80,17 @@ class Albef(nn.Module):
 
     def _corrupt(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """BERT's 80 / 10 / 10: what is read (B, L), and which words are to be predicted (B, L)."""
-        chosen = torch.bernoulli(torch.full(ids.shape, self.sizes.masked)).bool()
+
+        def drawn(share: float) -> Tensor:
+            return torch.bernoulli(torch.full(ids.shape, share, device=ids.device)).bool()
+
+        chosen = drawn(self.sizes.masked)
         chosen &= (ids != PAD) & (ids != CLS) & (ids != SEP)
-        masked = torch.bernoulli(torch.full(ids.shape, 0.8)).bool() & chosen
-        other = torch.bernoulli(torch.full(ids.shape, 0.5)).bool() & chosen & ~masked
+        masked = drawn(0.8) & chosen
+        other = drawn(0.5) & chosen & ~masked
         read = ids.clone()
         read[masked] = MASK
-        read[other] = torch.randint(FIRST_WORD, self.sizes.vocabulary, ids.shape)[other]
+        read[other] = torch.randint(FIRST_WORD, self.sizes.vocabulary, ids.shape, device=ids.device)[other]
         return read, chosen
 
     def _negatives(self, weights: Tensor) -> Tensor:
@@ -167,13 +171,13 @@ def parameter_groups(model: Albef) -> list[dict[str, object]]:
 class CommonStep:
     """The whole step, in float32 or under bf16 autocast."""
 
-    def __init__(self, sizes: Sizes, seed: int = 0) -> None:
+    def __init__(self, sizes: Sizes, seed: int = 0, device: torch.device | str = "cpu") -> None:
         torch.manual_seed(seed)
-        self.model = Albef(sizes).train()
+        self.model = Albef(sizes).train().to(device)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=LR)
 
     def __call__(self, batch: Captioned, *, bf16: bool = False, drawn: Drawn | None = None) -> dict[str, float]:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=bf16):
             losses = self.model(batch, drawn=drawn)
             loss = losses["itc"] + losses["itm"] + losses["mlm"]
         self.optimizer.zero_grad()

@@ -53,12 +53,12 @@ def forget() -> None:
         clear.write_text("5")
 
 
-def tensors() -> list[torch.Tensor]:
-    """All there are on the CPU."""
+def tensors(device: str = "cpu") -> list[torch.Tensor]:
+    """All there are on devices of that type."""
     found = [
         each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)
     ]  # none without memory
-    return [each for each in found if each.layout is torch.strided and each.device.type == "cpu"]
+    return [each for each in found if each.layout is torch.strided and each.device.type == device]
 
 
 def tracked_peak(step: Step, batch: Captioned) -> int:

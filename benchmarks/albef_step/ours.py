@@ -69,12 +69,11 @@ def tokenizer(sizes: Sizes) -> CaptionTokenizer:
 
 
 class HandedOver(PairData):
-    """Training data of one batch, whichever was put into ``batch`` last."""
+    """Training data of one batch of ``rows``, whichever was put into ``batch`` last."""
 
-    def __init__(self, sizes: Sizes) -> None:
-        self.tokenizer = tokenizer(sizes)
-        self.max_tokens, self.train_size = sizes.positions, sizes.batch
-        self.train_group_id = np.arange(sizes.batch)
+    def __init__(self, words: CaptionTokenizer, max_tokens: int, rows: int) -> None:
+        self.tokenizer, self.max_tokens, self.train_size = words, max_tokens, rows
+        self.train_group_id = np.arange(rows)
         self.splits = {}
         self.batch: Captioned | None = None
 
@@ -101,7 +100,7 @@ class OurStep:
     ) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
         world = init_distributed()
-        self.data = HandedOver(sizes)
+        self.data = HandedOver(tokenizer(sizes), sizes.positions, sizes.batch)
         self.pretrainer = Pretrainer(recipe(sizes, precision, stage, overrides), self.data, 0, 1, world.device)
 
     def __call__(self, batch: Captioned) -> dict[str, float]:

@@ -56,6 +56,9 @@ class Captioned:
         """(B, L) bool: real tokens but [CLS] and [SEP]."""
         return self.token_mask & (self.token_ids != CLS) & (self.token_ids != SEP)
 
+    def to(self, device: torch.device) -> Captioned:
+        return Captioned(self.images.to(device), self.token_ids.to(device), self.token_mask.to(device))
+
 
 def lengths(sizes: Sizes, longest: int) -> list[int]:
     """Tokens of each caption, [CLS] and [SEP] included."""

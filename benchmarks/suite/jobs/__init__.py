@@ -1,0 +1,1 @@
+"""One file for each op: its sizes, who implements it, what is right, and what it needs."""
