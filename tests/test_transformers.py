@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers_models import CASES, LAYERS, draw, eager, text, words
 
-from crossmask.kernels.integrations.layers import attention_layers, select
-from crossmask.kernels.integrations.transformers import record_attention, use_crossmask
+from crossmask.kernels.integrations.layers import IMPLEMENTATION, attention_layers, select
+from crossmask.kernels.integrations.transformers import record_attention, register, use_crossmask
 
 STATISTICS = ("lse", "max_probability", "entropy", "key_attention", "query_attention", "key_max")
 
@@ -237,3 +238,12 @@ def test_a_missing_library_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ours.importlib.metadata, "version", missing)
     with pytest.raises(ImportError, match="transformers is not installed: pip install"):
         ours.register()
+
+
+def test_the_engines_own_text_tower_keeps_its_attention() -> None:
+    """Both live in Transformers' one registry: neither may take the other's name."""
+    register()
+    from crossmask.engine.models import text as tower  # only now: whichever comes later must not win
+
+    assert AttentionInterface()[tower.ATTENTION] is tower.attend
+    assert AttentionInterface()[IMPLEMENTATION] is not tower.attend

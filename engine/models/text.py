@@ -19,7 +19,7 @@ from .dropout import use_own_dropout
 from .dropping import keep_visible, restore
 from .packing import Packing
 
-ATTENTION = "crossmask"  # the name under which transformers finds our attention
+ATTENTION = "crossmask_words"  # the name under which transformers finds it; plain "crossmask" is for models of users
 
 
 @dataclass(frozen=True)
