@@ -104,11 +104,15 @@ def export(
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="fp32|bf16|fp16", help="Of the weights.")] = "fp32",
     force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
+    plugin: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="MODULE", help="Import it: it registers the run's model.system."),
+    ] = None,
 ) -> None:
     """Write a run's model as a folder that loads without DeepSpeed: safetensors, config, tokenizer, example."""
     from .export import export_run
 
-    typer.echo(export_run(run, to, "teacher" if teacher else "student", step, dtype, force, typer.echo))
+    typer.echo(export_run(run, to, "teacher" if teacher else "student", step, dtype, force, typer.echo, plugin or ()))
 
 
 convert = typer.Typer(help="Translate checkpoints of other code, and back.", no_args_is_help=True)
@@ -222,11 +226,13 @@ def evaluate(
 
 
 @app.command()
-def doctor() -> int:
-    """Say what this machine can run, and what is missing for the rest."""
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for a bug report.")] = False,
+) -> int:
+    """Say what this machine can run, what is missing for the rest, and what to do about it."""
     from .doctor import run_doctor
 
-    return run_doctor()
+    return run_doctor(as_json=as_json)
 
 
 @app.command()
@@ -268,6 +274,37 @@ def masks(
 
     for line in preview(recipe, overrides or [], output, pairs, step):
         typer.echo(line)
+
+
+@data.command()
+def check(
+    source: Annotated[
+        str, typer.Argument(help="What data.path takes: a file of pairs, a folder, shards; or a recipe.")
+    ],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Fields to change, such as data.image_root=DIR data.validation_path=FILE."),
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path("check.png"),
+    json: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Also write every finding there."),
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=0, max=140, help="How many pairs the picture shows.")] = 14,
+) -> int:
+    """Read all of a set of pairs, decode every image, and say what is wrong with which, and what is odd.
+
+    Exit code 0: no defects; 1: there are some; 2: it cannot be opened at all; 130: stopped, with what was found so far.
+    """
+    from .training.display import quiet
+
+    quiet()  # before the libraries that it quiets are imported
+    from .data_check import check_data
+
+    code, lines = check_data(source, overrides or [], output, json, pairs)
+    for line in lines:
+        typer.echo(line)
+    return code
 
 
 @app.command(short_help="Train variants of a recipe over seeds, and write a table of what each reached.")

@@ -7,7 +7,10 @@ anything else is a programming error and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 class UserError(Exception):
@@ -28,6 +31,11 @@ class CheckpointError(UserError):
 
 class NonFiniteLossError(UserError):
     """Too many steps in a row had a loss that is not a finite number."""
+
+
+def printable(line: str) -> str:
+    """With control characters spelt out: the name of a file may have some, and a terminal would obey them."""
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], line)
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:

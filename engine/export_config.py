@@ -10,20 +10,23 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from .data import NORMALISATIONS
+from .data import NORMALISATIONS, CaptionTokenizer
 from .data.captions import token_limit
 from .data.classes import Classes
-from .errors import CheckpointError
-from .masking import policies
+from .errors import CheckpointError, RecipeError
+from .masking.registry import find_policy
 from .models import PretrainingModel, VisionLanguageModel, build_word_reader
 from .models.albef_layout import AlbefFile
 from .models.captioner import CaptioningModel
 from .models.captioner_student import CaptioningStudent
 from .models.classifier import read_classes
 from .models.open_clip_layout import OpenClipFile
+from .models.system import OwnStudent, Sizes, build_own
+from .models.system import build_model as build_model_of
 from .recipe import MaskingSection, ModelSection, ObjectivesSection, Recipe, Section
+from .registry import systems
 
 FORMAT, VERSION = "crossmask-export", 1
 CONFIG = "config.json"
@@ -31,7 +34,8 @@ PREFIX = "model."  # of the teacher's names within the student
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DtypeName = Literal["fp32", "bf16", "fp16"]
 Weights = Literal["teacher", "student"]
-Model = VisionLanguageModel | PretrainingModel | CaptioningModel | CaptioningStudent
+Model = nn.Module  # one of crossmask's own four, a system's, or an OwnStudent around it
+STUDENTS = (PretrainingModel, CaptioningStudent, OwnStudent)
 Channels = float | tuple[float, float, float]
 _TABLES = ("word_bias", "text.bert.embeddings.position_embeddings.weight")  # rows: words, positions
 
@@ -63,6 +67,7 @@ class ExportConfig(Section):
     image_mean: Channels = Field(description="taken from pixels in 0..1, which are then divided by image_std")
     image_std: Channels
     model: ModelSection
+    plugins: list[str] = Field([], description="of the recipe, told to who looks for model.system; never imported")
     mask_network: MaskNetwork | None = None
     hidden_patches: Literal["token", "drop"] = Field(description="what the student's patch decoder was built for")
     word_reader: bool = Field(False, description="whether it has a block in which patches read the words")
@@ -92,21 +97,28 @@ def pixel_fields(normalisation: str) -> dict[str, Any]:
 
 
 def describe_export(
-    recipe: Recipe, weights: Weights, tensors: Mapping[str, Tensor], step: int, dtype: str = "fp32"
+    recipe: Recipe,
+    weights: Weights,
+    tensors: Mapping[str, Tensor],
+    step: int,
+    dtype: str = "fp32",
+    tokenizer: CaptionTokenizer | None = None,
 ) -> ExportConfig:
-    """The config of a recipe's trained ``tensors``: the teacher's, or all of the student's.
+    """The config of a recipe's trained ``tensors``: the teacher's, or all of the student's. ``tokenizer``: of its data;
+    the tensors of a registered system do not tell its size.
 
     Raises:
-        CheckpointError: tensors that are not of such a model.
+        CheckpointError: tensors that are not of such a model, or no such dtype.
     """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype {dtype!r}: choose {', '.join(DTYPES)}")
     prefix = PREFIX if weights == "student" else ""
-    captioner = recipe.model.captioner is not None
-    names = ("vocabulary.weight", "text.position_embeddings") if captioner else _TABLES
-    for name in names:
-        if prefix + name not in tensors:
-            raise CheckpointError(f"the {weights} has no {prefix + name}, so it is not of this version of crossmask")
-    vocabulary_size, rows = (tensors[prefix + name].shape[0] for name in names)
-    rows -= captioner and recipe.model.pool == "cls"  # whose last position is [CLS]'s
+    ids = {} if tokenizer is None else {"pad_id": tokenizer.pad_id, "mask_id": tokenizer.mask_id}
+    if recipe.model.system is not None:
+        assert tokenizer is not None
+        vocabulary_size, rows = tokenizer.vocabulary_size, token_limit(recipe)
+    else:
+        vocabulary_size, rows = _table_rows(recipe, weights, tensors)
     has_network = any(name.startswith(f"{prefix}mask_network.") for name in tensors)
     network = MaskNetwork(policy=recipe.masking.policy, options=recipe.masking.options) if has_network else None
     model = recipe.model
@@ -122,6 +134,8 @@ def describe_export(
         vocabulary_size=vocabulary_size,
         max_length=rows if model.text.positions is None else min(rows, token_limit(recipe)),
         max_words=recipe.data.max_words,
+        **ids,
+        plugins=recipe.plugins,
         **pixel_fields(recipe.data.normalisation),
         model=model.model_copy(update=free),  # where weights came from is no part of what the model is
         mask_network=network,
@@ -131,6 +145,18 @@ def describe_export(
         objectives=recipe.objectives,
     )
     return with_parameters(config)
+
+
+def _table_rows(recipe: Recipe, weights: Weights, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Words and positions that one of crossmask's own models has."""
+    prefix = PREFIX if weights == "student" else ""
+    captioner = recipe.model.captioner is not None
+    names = ("vocabulary.weight", "text.position_embeddings") if captioner else _TABLES
+    for name in names:
+        if prefix + name not in tensors:
+            raise CheckpointError(f"the {weights} has no {prefix + name}, so it is not of this version of crossmask")
+    vocabulary_size, rows = (tensors[prefix + name].shape[0] for name in names)
+    return vocabulary_size, rows - (captioner and recipe.model.pool == "cls")  # whose last position is [CLS]'s
 
 
 def _classes(names: Tensor | None, weights: Weights) -> Classes | None:
@@ -183,9 +209,11 @@ def read_config(folder: Path) -> ExportConfig:
 
 def build_model(config: ExportConfig) -> Model:
     """The module whose weights an export has, freshly initialised: all of the student, or the teacher."""
+    if config.model.system is not None:
+        return _build_own(config)
     network = None
     if config.mask_network is not None:
-        kind = policies().get(config.mask_network.policy)
+        kind = find_policy(config.mask_network.policy)
         if kind is None:
             raise CheckpointError(
                 f"the model carries the network of mask policy {config.mask_network.policy!r}, unknown here"
@@ -214,3 +242,24 @@ def build_model(config: ExportConfig) -> Model:
         classes=config.classes,
         **specials,
     )
+
+
+def _build_own(config: ExportConfig) -> Model:
+    """A registered system's. A folder names no code to be run: who registers it has been imported, or nothing is."""
+    section = config.model
+    words = (config.vocabulary_size, config.max_length)
+    sizes = Sizes(*words, section.image.size, section.projection_width, config.pad_id, config.mask_id)
+    assert section.system is not None
+    if not systems.knows(section.system):
+        named = f", as its recipe did: {', '.join(config.plugins)}" if config.plugins else ""
+        raise CheckpointError(
+            f"the model is of system {section.system!r}, which is not registered here; import the module that registers"
+            f" it, or name it in plugins of your recipe or by --plugin{named}. A model's folder imports nothing"
+        )
+    try:
+        system = build_own(section.system, section.options, sizes)
+    except RecipeError as error:
+        raise CheckpointError(f"the model is of another version of its system: {error}") from None
+    if config.weights == "teacher":
+        return build_model_of(system)
+    return OwnStudent(build_model_of(system), config.objectives.itc.temperature)

@@ -34,6 +34,7 @@ from .errors import CheckpointError
 from .export_config import (
     CONFIG,
     DTYPES,
+    STUDENTS,
     ExportConfig,
     Model,
     Weights,
@@ -42,8 +43,6 @@ from .export_config import (
     read_config,
     three,
 )
-from .models import PretrainingModel
-from .models.captioner_student import CaptioningStudent
 
 __all__ = [
     "DTYPES",
@@ -193,12 +192,11 @@ def load_exported(
     config = read_config(folder)
     tokenizer = read_tokenizer(folder, config)
     built, tensors = read_weights(folder, config, weights or config.weights)
-    students = (PretrainingModel, CaptioningStudent)
-    if whole and not isinstance(built, students):
+    if whole and not isinstance(built, STUDENTS):
         raise CheckpointError(f"{folder} is a teacher, which has no temperature: leave whole=True out")
     built.to(DTYPES[config.dtype] if dtype is None else dtype)
     built.load_state_dict(tensors, strict=False)  # names and shapes were compared; ties are loaded once
-    model: nn.Module = built.model if isinstance(built, students) and not whole else built
+    model: nn.Module = built.model if isinstance(built, STUDENTS) and not whole else built
     return model.to(device).eval().requires_grad_(False), tokenizer, config
 
 
@@ -301,12 +299,22 @@ def _card(config: ExportConfig, size: int, words: bool) -> str:
         "teacher": "the momentum teacher, an exponential moving average of the student's float32 master weights",
         "student": "the student, its float32 master weights",
     }[config.weights]
-    facts = {
+    towers = {
         "image tower": f"{image.size} × {image.size} pixels, patches of {image.patch_size}; {image.depth} blocks, "
         f"{image.width} wide",
         "text tower": f"{config.vocabulary_size:,} tokens, at most {config.max_length} a text; {text.depth} blocks, "
         f"{text.width} wide",
         "text decoder" if captioner else "fusion encoder": f"{fusion.depth} blocks, {fusion.heads} heads",
+    }
+    if config.model.system is not None:
+        towers = {
+            "system": f"{config.model.system}, registered by {', '.join(config.plugins) or 'a module of its own'}:"
+            " import that before it is loaded",
+            "inputs": f"{image.size} × {image.size} pixels; {config.vocabulary_size:,} tokens, at most"
+            f" {config.max_length} a text",
+        }
+    facts = {
+        **towers,
         "features": f"{config.model.projection_width} numbers, length 1: their products are cosine similarities",
         "parameters": f"{config.parameters:,} in {config.dtype}, {size / 1e6:,.1f} MB",
     }
@@ -328,6 +336,22 @@ def _card(config: ExportConfig, size: int, words: bool) -> str:
         if not words:
             origin += "\nIt was converted without a vocabulary, so it neither reads nor writes captions: convert it "
             origin += "again with `--vocabulary`."
+    use = USE
+    if config.model.system is not None:  # whose methods may give the features alone
+        use = (
+            use.replace(
+                "model.encode_image(prepare_images(pictures, config)).feature",
+                "encode_image(model, prepare_images(pictures, config)).feature",
+            )
+            .replace(
+                "model.encode_text(*prepare_texts(captions, tokenizer, config)).feature",
+                "encode_text(model, *prepare_texts(captions, tokenizer, config)).feature",
+            )
+            .replace(
+                "\n\nmodel, tokenizer",
+                "\nfrom crossmask.engine.models.system import encode_image, encode_text\n\nmodel, tokenizer",
+            )
+        )
     return f"""\
 # {config.recipe}
 
@@ -337,4 +361,4 @@ A vision-language model {origin}
 |---|---|
 {table}
 
-{USE}"""
+{use}"""

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .atomic import replace_file
-from .errors import CheckpointError, UserError
+from .errors import CheckpointError, UserError, printable
 
 FAILURE_FILE = "CROSSMASK_FAILURE_FILE"  # environment variable that our launcher gives to its ranks
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 130
@@ -68,7 +68,9 @@ def print_error(line: str, style: str = "bold red") -> None:
     from rich.console import Console
 
     # soft_wrap: the terminal wraps, the text keeps its one line for whoever greps it.
-    Console(stderr=True).print(" ".join(line.split()), style=style, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        printable(" ".join(line.split())), style=style, markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def describe_failure(error: BaseException, rank: int) -> Failure:

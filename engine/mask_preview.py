@@ -39,7 +39,10 @@ def preview(recipe: str, overrides: Sequence[str], output: Path, pairs: int, ste
         raise RecipeError(f"--output: {output} is no picture's name; end it in one of {', '.join(FORMATS)}")
     run = Path(recipe)
     trained = run.is_dir() and (run / "recipe.yaml").is_file()
-    described = load_recipe(run / "recipe.yaml" if trained else recipe, overrides)
+    # a run may be somebody else's: its recipe names no code to import here, an override may
+    described = load_recipe(run / "recipe.yaml" if trained else recipe, overrides, trusted=not trained)
+    if described.model.system is not None:
+        raise RecipeError(f"{recipe}: masks are drawn of crossmask's own models, not of {described.model.system}")
     data = load_data(described)
     masks = RunMasks(described, data)
     model = load_teacher(run, described, data, masks) if trained else fresh_teacher(described, data, masks)

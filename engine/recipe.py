@@ -16,7 +16,15 @@ from .recipe_sections_captioner import CaptionerSection, CaptionSection, TgMimSe
 from .recipe_sections_composed import ComposedSection, check_composed
 from .recipe_sections_evaluation import CaptioningSection
 from .recipe_sections_grouping import GroupingSection, check_grouping
+from .recipe_sections_masking import CorruptionSection as CorruptionSection
+from .recipe_sections_masking import HeadsSection as HeadsSection
+from .recipe_sections_masking import LinksSection as LinksSection
+from .recipe_sections_masking import MaskingSection
+from .recipe_sections_masking import Ratio as Ratio
+from .recipe_sections_masking import RatioSection as RatioSection
+from .recipe_sections_own import OwnObjective, check_own, without_our_objectives
 from .recipe_sections_recognition import RecognitionSection, check_recognition
+from .registry import SOURCES
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -55,11 +63,16 @@ class RandAugmentSection(Section):
 
 
 class DataSection(Section):
-    source: Literal["emoji", "pairs", "scenes", "composed_emoji", "fashioniq"] = "emoji"
+    source: str = Field(
+        "emoji",
+        description="emoji, pairs, scenes, composed_emoji, fashioniq, or the name of one that a plugin registers",
+    )
+    options: dict[str, Any] = Field({}, description="of a source that a plugin registers")
     path: Path | None = Field(
         None,
         description="pairs: a .jsonl or .csv file with the columns image and caption, a .json file in Karpathy's or"
-        " ALBEF's layout, or a folder of images with a .txt caption beside each",
+        " ALBEF's layout, a folder of images with a .txt caption beside each, webdataset's .tar shards (one, a folder"
+        " of them, or a pattern such as shards-{000..011}.tar), or a folder that a Hugging Face data set was saved to",
     )
     validation_path: Path | None = Field(
         None, description="pairs: a file of the same kinds to evaluate on, instead of a share that is held out"
@@ -86,12 +99,24 @@ class DataSection(Section):
     )
     vocabulary_size: int = Field(4096, ge=64, description="of the WordPiece vocabulary that is trained on the captions")
     vocabulary: Path | None = Field(None, description="a vocab.txt to use instead, or CLIP's list of pairs (.txt.gz)")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        le=512,
+        description="threads of a rank that decode images; default: its share of the cores, up to 16",
+    )
+    prefetch: int | None = Field(
+        None, ge=0, le=64, description="steps whose batches are made ahead; default: 2 beside a GPU, 0 on CPUs"
+    )
 
     @model_validator(mode="after")
     def _pairs_need_a_file(self) -> DataSection:
+        if self.options and self.source in SOURCES:
+            raise ValueError(f"options are of a source that a plugin registers; source {self.source!r} has none")
         if self.source == "pairs" and self.path is None:
             raise ValueError(
-                "path is missing: source 'pairs' reads a .jsonl, .csv or .json file, or a folder; give data.path=FILE"
+                "path is missing: source 'pairs' reads a .jsonl, .csv or .json file, .tar shards, or a folder; give"
+                " data.path=FILE"
             )
         scenes = SceneSection()
         if self.source != "scenes" and (self.scenes.count, self.scenes.held_out) != (scenes.count, scenes.held_out):
@@ -165,6 +190,12 @@ class FusionSection(Section):
 
 
 class ModelSection(Section):
+    system: str | None = Field(
+        None,
+        description="a model that a plugin registers; of the sections below then only image.size, projection_width and"
+        " initial count",
+    )
+    options: dict[str, Any] = Field({}, description="of system")
     image: ImageTowerSection = ImageTowerSection()
     text: TextTowerSection = TextTowerSection()
     fusion: FusionSection = FusionSection()
@@ -176,91 +207,6 @@ class ModelSection(Section):
     initial: Path | None = Field(
         None, description="a folder of crossmask convert, crossmask export or a run: the weights to start from"
     )
-
-
-class RatioSection(Section):
-    """A mask ratio that changes: over the run (linear, cosine, step), or from sample to sample (uniform, gaussian)."""
-
-    kind: Literal["linear", "cosine", "step", "uniform", "gaussian"]
-    start: float = Field(ge=0.0, le=1.0, description="at the beginning; uniform: the lowest; gaussian: the mean")
-    end: float = Field(ge=0.0, le=1.0, description="at the end; uniform: the highest; gaussian: the highest kept")
-    until: float = Field(1.0, gt=0.0, le=1.0, description="share of the run at which end is reached; step: switched to")
-    spread: float = Field(0.25, gt=0.0, description="gaussian: standard deviation")
-    low: float = Field(0.0, ge=0.0, le=1.0, description="gaussian: the lowest kept")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> RatioSection:
-        low = self.start if self.kind == "uniform" else self.low
-        if self.kind in ("uniform", "gaussian") and low >= self.end:
-            name = "start" if self.kind == "uniform" else "low"
-            raise ValueError(f"{name} ({low:g}) is not below end ({self.end:g}), the highest ratio")
-        return self
-
-
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class CorruptionSection(Section):
-    """What the student reads in place of a masked word; the rest of the words is kept (BERT: 80 / 10 / 10)."""
-
-    mask: float = Field(0.8, ge=0.0, le=1.0, description="share that becomes [MASK]")
-    random: float = Field(0.1, ge=0.0, le=1.0, description="share that becomes a random word")
-    rate: Ratio | RatioSection | None = Field(
-        None, description="share of words that is corrupted, where it is not the share that is predicted (text_ratio)"
-    )
-
-    @model_validator(mode="after")
-    def _at_most_all(self) -> CorruptionSection:
-        if self.mask + self.random > 1.0 + 1e-9:
-            raise ValueError(f"mask ({self.mask:g}) and random ({self.random:g}) are more than 1 together")
-        return self
-
-
-class HeadsSection(Section):
-    """Attention heads of the student's fusion encoder that are switched off for a step (HeadMask)."""
-
-    kind: Literal["none", "random", "importance"] = "none"
-    count: int = Field(1, ge=1, description="heads of every layer that are off")
-
-
-class LinksSection(Section):
-    """Which words may look at which in the student's masked pass."""
-
-    kind: Literal["none", "token_level", "sequence_to_sequence", "segment"] = "none"
-    rate: float = Field(0.1, ge=0.0, le=1.0, description="token_level: share of words whose links are cut")
-    share: float = Field(0.75, ge=0.0, le=1.0, description="sequence_to_sequence: share of samples, the rest sees all")
-    segment_words: int = Field(4, ge=1, description="segment: words of a segment")
-
-
-class MaskingSection(Section):
-    policy: str = Field("syncmask", description="see docs/policies.md")
-    options: dict[str, Any] = Field({}, description="of the policy")
-    text_policy: str | None = Field(None, description="chooses the words, where it is another policy than policy")
-    text_options: dict[str, Any] = Field({}, description="of text_policy")
-    image_ratio: Ratio | RatioSection = 0.5
-    text_ratio: Ratio | RatioSection = 0.15
-    image_threshold: float | None = Field(None, ge=0.0, le=1.0)
-    text_threshold: float | None = Field(None, ge=0.0, le=1.0)
-    layer: int = Field(-1, description="fusion layer of the teacher whose cross-attention is read")
-    prior: Path | Literal["contrast", "centre"] | None = Field(
-        None, description="weights of patches: a .npy file of shape (patches,) or (training samples, patches)"
-    )
-    corruption: CorruptionSection = CorruptionSection()
-    hidden_patches: Literal["token", "drop"] = Field(
-        "token", description="masked patches become a mask token, or are left out of the encoder (MAE)"
-    )
-    drop_after: int = Field(0, ge=0, description="drop: blocks of the image tower that still see all patches")
-    hidden_words: Literal["token", "later"] = Field(
-        "token", description="later: masked words skip the text tower and join as [MASK] in the fusion encoder"
-    )
-    heads: HeadsSection = HeadsSection()
-    links: LinksSection = LinksSection()
-
-    @model_validator(mode="after")
-    def _text_options_have_an_owner(self) -> MaskingSection:
-        if self.text_options and self.text_policy is None:
-            raise ValueError("text_options are given but no text_policy to read them; set text_policy")
-        return self
 
 
 class ItcSection(Section):
@@ -306,6 +252,7 @@ class ObjectivesSection(Section):
     tg_mim: TgMimSection = TgMimSection(weight=0.0)
     composed: ComposedSection = ComposedSection()
     recognition: RecognitionSection = RecognitionSection()
+    own: dict[str, OwnObjective] = Field({}, description="objectives that plugins register, by name")
     distillation_ramp: float = Field(0.03, ge=0.0, le=1.0, description="share of the run in which alpha rises from 0")
     fusion_start: float = Field(0.0, ge=0.0, lt=1.0, description="share of the run with ITC alone")
     fusion_rows: int | None = Field(None, ge=2, description="pairs of a rank's batch in all but ITC; default all")
@@ -387,10 +334,15 @@ class EvaluationSection(Section):
 
 
 class Recipe(Section):
+    """All that a run is told, as :func:`load_recipe` reads it from YAML."""
+
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
     output: Path | None = Field(None, description="run folder; default runs/NAME-YYYYMMDD-HHMMSS")
     note: str = Field("", description="one line shown at the start: how long the run takes, and where measured")
+    plugins: list[str] = Field(
+        [], description="modules that register parts of yours; imported first, on every rank: they run code"
+    )
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     masking: MaskingSection = MaskingSection()
@@ -401,8 +353,14 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     deepspeed: Path | dict[str, Any] = Field({}, description="a DeepSpeed JSON file, or its keys inline")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_systems_have_their_own_objectives(cls, values: Any) -> Any:
+        return without_our_objectives(values)
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        check_own(self)
         check_captioner(self)
         # The fusion encoder is as wide as the text; keys and values are projected from the image's own width.
         width, fused = self.model.text.width, self.model.fusion.heads
@@ -425,7 +383,7 @@ class Recipe(Section):
                 f"masking.heads.count ({self.masking.heads.count}) leaves none of model.fusion.heads ({heads})"
             )
         o = self.objectives
-        if not any(getattr(part, "weight", 0) for _, part in o):
+        if not any(getattr(part, "weight", 0) for part in (*(part for _, part in o), *o.own.values())):
             raise ValueError("objectives: every weight is 0, which leaves nothing to train")
         return self
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .errors import CheckpointError, RecipeError, nearest
+from .plugins import import_plugins
 from .recipe import Recipe
 from .recipe_fields import describe, dotted_paths, section_at
+from .registry import objectives, sources, systems, unknown_parts
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"  # in a checkout and in an installation alike
 WEIGHT_FIELDS = ("model.initial", "model.image.weights", "model.text.weights")
@@ -35,7 +37,7 @@ PRIORS = ("contrast", "centre")  # values of masking.prior that are no path
 # What may change when a run is resumed without changing the losses that an uninterrupted run would have had.
 RESUMABLE_FIELDS = (
     *("training.checkpoint_every", "training.keep_checkpoints", "training.log_every"),
-    "training.rank_timeout",
+    *("training.rank_timeout", "data.workers", "data.prefetch"),
 )
 
 
@@ -63,13 +65,16 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, begun: bool = False) -> Recipe:
+def load_recipe(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, begun: bool = False, trusted: bool = True
+) -> Recipe:
     """Read a recipe, apply overrides, check everything that can be checked without data or a device.
 
     Args:
         path: a YAML file, or the name of a shipped recipe (``syncmask-emoji``).
         overrides: ``section.field=value``, the value in YAML; a later one wins.
         begun: of a run that has its first weights, so that those which it started from may be gone.
+        trusted: import the modules that ``plugins`` names in the file; those in an override are in any case.
 
     Returns:
         The recipe. ``deepspeed`` is a mapping, inlined when the recipe names a JSON file, its keys checked;
@@ -82,16 +87,22 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     source = os.fspath(path)
     values = read_yaml(file, source)
     origins: dict[str, str] = {}  # dotted path -> what set it, where that is not the recipe file
+    _import_plugins(values, source, overrides, trusted)
     _inline_deepspeed(values, source, file.parent, origins)
     for name in PATH_FIELDS:
         _absolute(values, name, file.parent)
     _absolute_options(values, file.parent)
+    for field in ("data.path", "data.validation_path"):
+        shards = [given for given in overrides if given.startswith(f"{field}=") and given.endswith(".tar")]
+        if len(shards) > 1:  # of which only the last would be read
+            remedy = "quote a pattern, for the shell takes it apart"
+            raise RecipeError(f"override {shards[1]}: {field} is given {len(shards)} times; {remedy}")
     for override in overrides:
         name = _apply(values, override)
         origins[name] = f"override {override}"
         if name in PATH_FIELDS:
             _absolute(values, name, Path.cwd())
-        elif name.startswith("masking."):
+        elif name.startswith(("masking.", "model.", "data.", "objectives.")):
             _absolute_options(values, Path.cwd())
         elif name == "deepspeed":
             _inline_deepspeed(values, origins[name], Path.cwd(), origins)
@@ -274,6 +285,19 @@ def _apply(values: dict[str, Any], override: str) -> str:
     return name
 
 
+def _import_plugins(values: Mapping[str, Any], source: str, overrides: Sequence[str], trusted: bool) -> None:
+    """Before anything is validated, as what is known depends on it. Whatever is no list of names is reported later."""
+    given: dict[str, Any] = {source: values.get("plugins") if trusted else None}
+    for override in overrides:
+        if override.partition("=")[0].strip() == "plugins":
+            only: dict[str, Any] = {}
+            _apply(only, override)
+            given = {f"override {override}": only["plugins"]}
+    for origin, modules in given.items():
+        if isinstance(modules, list) and all(isinstance(name, str) for name in modules):
+            import_plugins(modules, f"{origin}: plugins")
+
+
 def _inline_deepspeed(values: dict[str, Any], source: str, folder: Path, origins: dict[str, str]) -> None:
     given = values.get("deepspeed")
     if isinstance(given, str):
@@ -298,18 +322,32 @@ def _absolute(values: dict[str, Any], name: str, folder: Path) -> None:
 
 
 def _absolute_options(values: dict[str, Any], folder: Path) -> None:
-    """The same for what a mask policy's options name; an unknown policy has none, and is reported later."""
+    """The same for what options of policies and of registered parts name; of an unknown part, which is reported later,
+    nothing."""
     section = values.get("masking")
     for owner, field in (("policy", "options"), ("text_policy", "text_options")):
         if isinstance(section, dict) and isinstance(section.get(field), dict) and section[field]:
-            from .masking import policies
+            from .masking.registry import find_policy
 
-            policy = policies().get(str(section.get(owner)))
-            for name, value in section[field].items():
-                known = policy.Options.model_fields.get(name) if policy else None
-                kinds = (known.annotation, *get_args(known.annotation)) if known else ()
-                if isinstance(value, str) and Path in kinds:
-                    section[field][name] = os.path.abspath(folder / Path(value).expanduser())
+            policy = find_policy(str(section.get(owner)))
+            _absolute_fields(section[field], policy.Options if policy else None, folder)
+    for part, registry, owner in (("model", systems, "system"), ("data", sources, "source")):
+        section = values.get(part)
+        if isinstance(section, dict) and isinstance(section.get("options"), dict):
+            _absolute_fields(section["options"], registry.options_of(section.get(owner)), folder)
+    found = values.get("objectives")
+    own = found.get("own") if isinstance(found, dict) else None
+    for name, section in own.items() if isinstance(own, dict) else ():
+        if isinstance(section, dict) and isinstance(section.get("options"), dict):
+            _absolute_fields(section["options"], objectives.options_of(name), folder)
+
+
+def _absolute_fields(options: dict[str, Any], kind: type[BaseModel] | None, folder: Path) -> None:
+    for name, value in options.items():
+        known = kind.model_fields.get(name) if kind else None
+        kinds = (known.annotation, *get_args(known.annotation)) if known else ()
+        if isinstance(value, str) and Path in kinds:
+            options[name] = os.path.abspath(folder / Path(value).expanduser())
 
 
 def _check(recipe: Recipe, source: str, origins: Mapping[str, str], begun: bool) -> None:
@@ -320,9 +358,13 @@ def _check(recipe: Recipe, source: str, origins: Mapping[str, str], begun: bool)
         for part in name.split("."):
             path = getattr(path, part)
         read = not name.startswith("data.") or name == "data.vocabulary" or recipe.data.source in ("pairs", "fashioniq")
+        if name in ("data.path", "data.validation_path") and "{" in str(path):
+            continue  # a pattern of shards, which their reader works out
         if read and isinstance(path, Path) and not path.exists():
             hint = _nearest_file(path, PATH_SUFFIXES.get(name, (".jsonl", ".csv", ".json")))
             raise RecipeError(f"{origins.get(name, source)}: {name}: no such file {path}; {hint}")
+    for name, problem in unknown_parts(recipe):
+        raise RecipeError(f"{origin_of(name, source, origins)}: {problem}")
     if recipe.masking != type(recipe.masking)():  # the defaults are known; asking for others imports torch
         from .masking import check_masking
 

@@ -72,4 +72,6 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="vit_tiny_patch16_224")
     parser.add_argument("--weights", action="store_true", help="download timm's weights")
     given = parser.parse_args()
+    if absent := [file for file in given.pictures if not file.is_file()]:
+        parser.error(f"there is no picture {absent[0]}")
     main(given.pictures, given.output, given.policy, given.ratio, given.model, given.weights)

@@ -15,6 +15,7 @@ for name, value in {
     "MPLBACKEND": "Agg",
     "HF_HUB_OFFLINE": "1",  # a test that reaches for the network is a defect
     "COLUMNS": "120",  # rich wraps the same everywhere
+    "CROSSMASK_CACHE": "off",  # nothing is kept of shards that a test makes, and nothing found of another's
 }.items():
     os.environ.setdefault(name, value)
 

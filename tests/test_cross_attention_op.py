@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossmask.engine import doctor
+from crossmask.engine.doctor import ops
 from crossmask.kernels import CrossAttentionOutput, cross_attention
 from crossmask.kernels.cross_attention import dispatch
 
@@ -275,7 +275,7 @@ def test_gpu_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_says_what_runs() -> None:
     assert dispatch.implementation("cuda") == "triton"
     assert "with statistics blockwise" in dispatch.implementation("cpu")
-    (row,) = [f for f in doctor._kernels() if f.what == "cross_attention"]
+    (row,) = [f for f in ops.kernels() if f.what == "cross_attention"]
     assert "sdpa" in row.here
     assert "blockwise on cpu" in row.here
 

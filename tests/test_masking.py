@@ -148,7 +148,8 @@ def test_independent_words_are_a_coin_each() -> None:
 def test_unknown_policy_names_its_neighbour() -> None:
     with pytest.raises(RecipeError) as caught:
         build_policy(MaskingSection(policy="synkmask"))
-    assert str(caught.value) == "masking.policy: unknown policy 'synkmask'; did you mean 'syncmask'?"
+    line = "masking.policy: unknown policy 'synkmask'; did you mean 'syncmask'?"
+    assert str(caught.value) == f"{line} plugins names the modules that register further ones"
     with pytest.raises(RecipeError, match=r"unknown policy 'qqqq'; known: .*random, .*syncmask"):
         build_policy(MaskingSection(policy="qqqq"))
 

@@ -199,8 +199,9 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_runs(sdist: Path,
     assert done.stderr.count(f"ema_update_ runs in plain PyTorch on cpu: {reason}") == 1
 
     doctor = (
-        "from rich.console import Console; from crossmask.engine.doctor import examine, _extension, _kernels\n"
-        "for finding in [*_extension(), *_kernels()]: print(finding.what, finding.level, finding.here, finding.remedy)"
+        "from crossmask.engine.doctor import building, ops\n"
+        "for finding in [*building.judge_extension(building.look_extension()), *ops.kernels()]:\n"
+        "    print(finding.what, finding.level, finding.here, finding.remedy)"
     )
     said = run(python, "-c", doctor, cwd=tmp_path).stdout
     assert f"native extension gap not loaded; plain PyTorch runs instead {reason}" in said

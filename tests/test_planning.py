@@ -311,6 +311,7 @@ def test_the_tables_fit_80_columns_and_say_predicted(tmp_path: Path) -> None:
         (("albef-emoji", [], 0, "h100"), "--gpus 0"),
         (("albef-emoji", [], 7, "h100"), "training.batch_size: 256 is not divisible by 7 ranks"),
         (("albef-emoj", [], 2, "h100"), "no such recipe"),
+        (("albef-emoji", ["model.image.depth=2000"], 2, "h100"), "model.image.depth (2,000): a plan goes through"),
         (("albef-emoji", ["deepspeed.zero_optimization.offload_optimizer={device: cpu}"], 2, "h100"), "no offload"),
     ],
 )

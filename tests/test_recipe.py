@@ -47,6 +47,13 @@ def test_values_and_defaults(folder: Path) -> None:
     assert recipe.data == Recipe().data
 
 
+def test_a_pattern_of_shards_that_a_shell_took_apart(folder: Path) -> None:
+    refused = refusal("data.path=/d/s-0.tar", "data.path=/d/s-1.tar", "data.path=/d/s-2.tar")
+    assert refused.startswith(
+        "override data.path=/d/s-1.tar: data.path is given 3 times; quote a pattern, for the shell"
+    )
+
+
 def test_overrides_are_yaml_and_the_last_one_wins(folder: Path) -> None:
     recipe = load_recipe(
         "small.yaml",
@@ -109,7 +116,7 @@ def test_a_short_run_cuts_its_warm_up_and_says_so(folder: Path) -> None:
         ("masking.layer=6", "masking.layer (6) is not one of the 6 layers of model.fusion.depth"),
         ("masking.layer=-7", "masking.layer (-7) is not one of the 6 layers"),
         ("data.source=pairs", "data: path is missing"),
-        ("data.source=emojis", "expected one of emoji, pairs"),
+        ("data.source=emojis", "data.source: unknown source 'emojis'; did you mean 'emoji'?"),
         ("deepspeed=3", "deepspeed: 3 is not allowed; expected a JSON file's path or a mapping"),
         ("masking.policy=synkmask", "unknown policy 'synkmask'; did you mean 'syncmask'?"),
         ("training.max_steps", "write it as section.field=value"),

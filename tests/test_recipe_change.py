@@ -32,7 +32,7 @@ def test_the_same_recipe_is_no_change() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"seed": 1}, "seed was 0 when step-000100 was saved and is 1 in the run's recipe.yaml"),
+        ({"seed": 1}, "seed was 0 when step-000100 was saved and is 1 in the recipe now"),
         ({"model": {"text": {"depth": 5}}}, "model.text.depth was 6 when"),
         ({"objectives": {"itc": {"queue_length": 8}}}, "objectives.itc.queue_length was 65536 when"),
         ({"masking": {"policy": "random"}}, 'masking.policy was "syncmask" when'),
@@ -41,6 +41,7 @@ def test_the_same_recipe_is_no_change() -> None:
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "deepspeed.zero_optimization.stage was 2 when"),
         ({"deepspeed": {}}, "deepspeed"),
         ({"data": {"word_drop": 0.5}}, "data.word_drop was 0.0 when"),
+        ({"masking": {"options": {"side": "both"}}}, "masking.options.side was null when"),
     ],
 )
 def test_what_would_give_the_state_another_meaning_is_refused(changes: dict[str, Any], told: str) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,9 +45,11 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path: Path, monkeyp
             reshard(tmp_path)
         assert str(error.value) == told
         assert half_written.is_dir()
-        monkeypatch.setattr(loop, "init_distributed", lambda: (0, 1, torch.device("cpu")))
-        for name in ("check_masking", "load_data", "Pretrainer", "quiet"):
+        monkeypatch.setattr(loop, "join", lambda: (0, 1, torch.device("cpu")))
+        for name in ("check_masking", "load_data", "quiet"):
             monkeypatch.setattr(loop, name, lambda *_, **__: None)
+        pretrainer = SimpleNamespace(recipe=Recipe(), rank=0, world_size=1, close=lambda: None)
+        monkeypatch.setattr(loop, "Pretrainer", lambda *_, **__: pretrainer)
         monkeypatch.setattr(loop.Run, "go", lambda *_: pytest.fail("it began"))
         with pytest.raises(CheckpointError) as error:
             loop.train(Recipe(), tmp_path, resume=True)

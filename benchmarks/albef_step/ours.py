@@ -31,7 +31,8 @@ def recipe(sizes: Sizes, precision: Precision = "fp32", stage: int = 0, override
     """
     autocast = ", torch_autocast: {enabled: true, dtype: bfloat16}" if precision == "autocast" else ""
     values = {
-        "data.source": "emoji",  # not read: batches are handed over
+        "data.source": "emoji",  # not read: batches are handed over,
+        "data.prefetch": 0,  # each when its step begins
         "data.max_tokens": "null",
         "model.image.size": sizes.image,
         "model.image.patch_size": sizes.patch,
@@ -105,5 +106,7 @@ class OurStep:
 
     def __call__(self, batch: Captioned) -> dict[str, float]:
         self.data.batch = batch
-        terms, _ = self.pretrainer.step()
+        self.pretrainer.step()
+        assert self.pretrainer.last is not None
+        terms = self.pretrainer.last.terms
         return {name: float(terms[name]) for name in ("itc", "itm", "mlm")}

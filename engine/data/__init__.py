@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from ..recipe import Recipe
+from ..registry import SOURCES, sources
 from .base import ALL, CaptionBatch, EvaluationSplit, PairData
 from .batch import Batch
 from .classes import require_classes, training_classes
 from .normalisation import HALF, NORMALISATIONS, Normalisation
 from .sampler import StepSampler
 from .tokenizer import CaptionTokenizer
+
+if TYPE_CHECKING:
+    from .pair_list import PairList
 
 __all__ = [
     "ALL",
@@ -20,9 +26,18 @@ __all__ = [
     "EvaluationSplit",
     "Normalisation",
     "PairData",
+    "PairList",
     "StepSampler",
     "load_data",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PairList":  # it brings Pillow, which those who only want words and batches need not have loaded
+        from .pair_list import PairList
+
+        return PairList
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load_data(recipe: Recipe, tokenizer: CaptionTokenizer | None = None, training: bool | None = None) -> PairData:
@@ -41,6 +56,8 @@ def load_data(recipe: Recipe, tokenizer: CaptionTokenizer | None = None, trainin
 
 
 def _open(recipe: Recipe, tokenizer: CaptionTokenizer | None, training: bool | None) -> PairData:
+    if recipe.data.source not in SOURCES:
+        return _open_registered(recipe, tokenizer)
     if recipe.data.source == "emoji":
         from .emoji_pairs import EmojiPairs
 
@@ -60,3 +77,12 @@ def _open(recipe: Recipe, tokenizer: CaptionTokenizer | None, training: bool | N
     from .pairs import FilePairs
 
     return FilePairs(recipe, tokenizer, training)
+
+
+def _open_registered(recipe: Recipe, tokenizer: CaptionTokenizer | None) -> PairData:
+    source = recipe.data.source
+    make = sources.find(source, "data.source").made
+    data = make(recipe, sources.options(source, recipe.data.options, "data.options"), tokenizer)
+    if not isinstance(data, PairData):
+        raise TypeError(f"data.source {source!r} returned a {type(data).__name__}: derive it from crossmask's PairData")
+    return data

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,6 +40,36 @@ class Batch:
         """Some of the pairs."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: whole[rows] for name, whole in parts.items() if whole is not None})
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch], pad_id: int) -> Batch:
+        """Batches behind one another, captions padded to the longest of all."""
+        if len(batches) == 1:
+            return batches[0]
+        longest = max(batch.token_ids.shape[1] for batch in batches)
+        fill: dict[str, int] = {"token_ids": pad_id, "token_mask": 0, "maskable": 0, "words": 0}
+
+        def whole(name: str) -> Tensor | None:
+            parts = [getattr(batch, name) for batch in batches]
+            if parts[0] is None:
+                return None
+            if name in fill:
+                parts = [F.pad(part, (0, longest - part.shape[1]), value=fill[name]) for part in parts]
+            return torch.cat(parts)
+
+        return cls(**{f.name: whole(f.name) for f in fields(cls)})  # type: ignore[arg-type]
+
+    def trimmed(self) -> Batch:
+        """Without the columns that are padding in every caption."""
+        longest = int(self.token_mask.sum(1).max())
+        names = ("token_ids", "token_mask", "maskable", "words")
+        cut = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: x[:, :longest] for name, x in cut.items() if x is not None})
+
+    def pinned(self) -> Batch:
+        """The same batch in pinned memory, from where :meth:`to` copies while the host goes on. Needs a GPU."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in parts.items() if v is not None})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies are asynchronous from pinned memory."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from ..recipe import Recipe
 from .base import ComposedSplit, PairData, Request
 from .batch import Batch
 from .captions import CaptionTable, token_limit
+from .decoders import Decoders
 from .normalisation import NORMALISATIONS
 from .pair_layouts import lone_surrogate
 from .pictures import Chances, augmented, read_picture, square
@@ -128,7 +128,7 @@ class FashionIQ(PairData):
                 rows = np.arange(start, start + len(found))
                 self.composed[name] = FashionIQSplit(f"FashionIQ's val split of {name}", self, rows, images)
             start += len(found)
-        self._decoders: ThreadPoolExecutor | None = None
+        self._decoders = Decoders(section.workers)
 
     def _found(self, names: list[str]) -> list[str]:
         folder, found, missing = self.folder / "images", [], []
@@ -176,21 +176,15 @@ class FashionIQ(PairData):
 
     def pixels(self, images: np.ndarray, chances: Chances | None = None, mirror: np.ndarray | None = None) -> Tensor:
         """(B,) of the images -> (B, 3, H, W): whole, or by ``chances`` as for training."""
-        if self._decoders is None:
-            self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode")
 
-        def read(at: int) -> Tensor:
-            path = self.images[images[at]]
-            image: Image.Image = read_picture(path, str(self.folder))
+        def read(at: int) -> Image.Image:
+            image = read_picture(self.images[images[at]], str(self.folder))
             if chances is None or not self.section.augment:
-                image = square(image, self.size)
-            else:
-                allowed = mirror is not None and bool(mirror[at])
-                image = augmented(image, self.size, self.section, chances, at, may_mirror=allowed)
-            return torch.from_numpy(np.array(image))
+                return square(image, self.size)
+            allowed = mirror is not None and bool(mirror[at])
+            return augmented(image, self.size, self.section, chances, at, may_mirror=allowed)
 
-        pixels = torch.stack(list(self._decoders.map(read, range(len(images)))))
-        return self.normalisation.apply_(pixels.permute(0, 3, 1, 2).float().div_(255)).contiguous()
+        return self._decoders.images(read, len(images), self.size, self.normalisation)
 
     def training_captions(self) -> list[str]:
         return self._texts

@@ -155,6 +155,10 @@ class GroupedSampler(StepSampler):
         """Collective from the second epoch on."""
         return super()._order_of(epoch) if epoch == 0 else self._share(lambda: self._wait(epoch))
 
+    def _order_ahead(self, epoch: int) -> np.ndarray | None:
+        """None: it follows the model, and ranks are given it together when the epoch begins."""
+        return None
+
     def notices(self) -> list[str]:
         section, rules = self.section, self.rules
         said = []

@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import stat
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from ..beats import beat
 from ..errors import DataError
+from .complaints import Complain, Unusable, refuse
+from .open_files import Stamp
 from .pair_layouts import Entry, FolderEntries, read_json, read_lines
 
-KINDS = "a .jsonl, .csv or .json file, or a folder of images with a NAME.txt beside each NAME.jpg"
+KINDS = (
+    "a .jsonl, .csv or .json file, .tar shards, a folder of images with a NAME.txt beside each NAME.jpg, or a saved"
+    " Hugging Face data set"
+)
 SPLITS = {"train": 0, "val": 1, "test": 2}  # as ``PairTable.split`` numbers them
 UNDECIDED = -1
-NOUNS = {"lines": "line", "albef": "entry", "karpathy": "image", "fashiongen": "row"}  # what ``place`` counts
+# what ``place`` counts
+NOUNS = {"lines": "line", "albef": "entry", "karpathy": "image", "fashiongen": "row", "arrow": "row"}
 _BEAT_EVERY = 1024  # entries
 
 
@@ -37,14 +44,21 @@ class Source:
     """A file or folder that rows of a table come from."""
 
     path: Path
-    layout: str  # lines, albef, karpathy, folder or fashiongen
+    layout: str  # lines, albef, karpathy, folder, fashiongen, shards or arrow
     root: str  # the images' folder, absolute; links in it are not followed
+    # Of each file that images are read from by their place in it, what it had when they were found there.
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def by_image(self) -> bool:
         """Whether a benchmark's protocol holds: captions match the image they were written for and no other, and all
         of them are ranked, equal ones too."""
         return self.layout in ("albef", "karpathy")
+
+    @property
+    def editable(self) -> bool:
+        """Whether its owner can be asked to mend a line of it: a benchmark or an archive stays as it is."""
+        return self.layout in ("lines", "folder", "fashiongen")
 
 
 @dataclass(frozen=True)
@@ -53,11 +67,11 @@ class PairTable:
 
     sources: tuple[Source, ...]
     source: np.ndarray  # (N,) int8, row in ``sources``
-    images: list[str]  # I absolute paths without links, each once
+    images: list[str]  # I absolute paths without links, or addresses in such files, each once
     names: list[str]  # I, each path below its source's root as it was first given: the same on every machine
     image: np.ndarray  # (N,) int32, row in ``images``
     captions: list[str]  # N
-    place: np.ndarray  # (N,) int64, line or entry in its file, from 1
+    place: np.ndarray  # (N,) int64, line or entry in its file, from 1; of an arrow set the row, from 0 as there
     split: np.ndarray  # (N,) int8, see :data:`SPLITS`
     groups: list[str | None]  # N
     categories: list[str | None]  # N
@@ -80,6 +94,9 @@ class PairTable:
         if source.layout == "folder":
             image = self.names[self.image[row]]
             path = Path(os.path.splitext(image if short else os.path.join(source.root, image))[0] + ".txt")
+        elif source.layout == "shards":  # and the sample in it by the name of its image
+            image = self.names[self.image[row]]
+            return image if short else os.path.join(source.root, image)
         elif short:
             path = Path(path.name)
         return f"{path} {noun} {self.place[row]}"
@@ -106,21 +123,33 @@ class PairTable:
         )
 
 
-def read_pairs(path: Path | None, image_root: Path | None, name: str = "data.path", training: bool = True) -> PairTable:
+def read_pairs(
+    path: Path | None,
+    image_root: Path | None,
+    name: str = "data.path",
+    training: bool = True,
+    complain: Complain = refuse,
+) -> PairTable:
     """Read and check a file or folder of pairs; ``name`` is the recipe's field. Image contents are not looked at.
 
     Without ``training``, entries that the file itself has in the split train are passed over, and their images may be
-    missing.
+    missing. ``complain`` is told of each item that cannot be used; by default the first is an error.
 
     Raises:
         DataError: what cannot be used, by its line or entry, and what to do.
     """
     if path is None:
         raise DataError(f"{name} is not set; set it to {KINDS}")
+    from .arrow_sets import is_arrow_set, read_arrow_set
     from .fashion_gen import is_fashion_gen, read_fashion_gen
+    from .shards import is_shards, read_shards
 
     if is_fashion_gen(path):
         return read_fashion_gen(path, name, training)
+    if is_shards(path):
+        return read_shards(path, name, complain)
+    if is_arrow_set(path):
+        return read_arrow_set(path, image_root, name, training, complain)
     folder = path.is_dir()
     if not folder and path.suffix.lower() not in (".jsonl", ".csv", ".json"):
         raise DataError(f"{path}: {name} must end in .jsonl, .csv or .json, or be a folder")
@@ -132,13 +161,14 @@ def read_pairs(path: Path | None, image_root: Path | None, name: str = "data.pat
     entries: Iterable[Entry]
     try:
         if folder:
-            layout, entries = "folder", FolderEntries(path)
+            layout, entries = "folder", FolderEntries(path, complain)
         elif path.suffix.lower() == ".json":
-            layout, entries = read_json(path)
+            layout, entries = read_json(path, complain)
         else:
-            layout, entries = "lines", read_lines(path)
+            layout, entries = "lines", read_lines(path, complain)
         read = entries if training else (entry for entry in entries if entry.split != "train")
-        table = _read(Source(path, layout, os.path.abspath(root)), read)
+        source = Source(path, layout, os.path.abspath(root))
+        table = tabulate(source, read, ImageFinder(source, complain), complain)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except OSError as error:
@@ -153,8 +183,21 @@ def read_pairs(path: Path | None, image_root: Path | None, name: str = "data.pat
     return table
 
 
-def _read(source: Source, entries: Iterable[Entry]) -> PairTable:
-    finder = _ImageFinder(source)
+class Finder(Protocol):
+    """Names of images as entries have them -> rows of ``images``."""
+
+    images: list[str]  # addresses, each once: what ``PairTable.images`` will be
+    names: list[str]  # the same on every machine
+
+    def __call__(self, place: int, name: str) -> int:
+        """-1 for an image that was complained of."""
+
+    def complain(self) -> None:
+        """Called behind the last entry."""
+
+
+def tabulate(source: Source, entries: Iterable[Entry], finder: Finder, complain: Complain = refuse) -> PairTable:
+    """The entries of a source as a table."""
     image, place, split = array("i"), array("q"), array("b")
     captions: list[str] = []
     groups: list[str | None] = []
@@ -166,11 +209,12 @@ def _read(source: Source, entries: Iterable[Entry]) -> PairTable:
         if number % _BEAT_EVERY == 0:
             beat("reading the captions")
         row = finder(entry.place, entry.image)
+        if row < 0:
+            continue
         if source.layout == "karpathy":
             if row in seen:
-                raise DataError(
-                    f"{source.path} image {entry.place}: {entry.image} was listed before; remove one of them"
-                )
+                what = f"{source.path} image {entry.place}: {entry.image} was listed before; remove one of them"
+                complain("listed twice", DataError(what))
             seen.add(row)
         count = len(entry.captions)
         image.extend([row] * count)
@@ -197,12 +241,12 @@ def _read(source: Source, entries: Iterable[Entry]) -> PairTable:
         subcategories,
     )
     again = repeated(table)
-    if again and source.layout == "lines":
-        row, first = again[0]
-        raise DataError(
-            f"{table.where(row)}: the same image and caption as line {table.place[first]}; remove one of them"
-        )
-    if again:
+    if again and (source.layout == "lines" or complain is not refuse):
+        kind = "repeated caption" if source.by_image else "repeated pair"
+        for row, first in again:
+            what = f"the same image and caption as {NOUNS.get(source.layout, 'line')} {table.place[first]}"
+            complain(kind, DataError(f"{table.where(row)}: {what}; remove one of them"))
+    elif again:
         line = f"captions that their image has twice: {len(again)}, the first in {table.where(again[0][0])}"
         return replace(table, notices=(line,))
     return table
@@ -223,7 +267,7 @@ def repeated(table: PairTable) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-class _ImageFinder:
+class ImageFinder:
     """Names of images -> rows of ``images``: each file is looked at once, each folder resolved once.
 
     An image's path must lie below the root as it is written, ``..`` worked out in the name and not on the disk: a list
@@ -233,8 +277,9 @@ class _ImageFinder:
     Missing images are counted, and told at the end.
     """
 
-    def __init__(self, source: Source) -> None:
-        self.source, self.images, self.names = source, list[str](), list[str]()
+    def __init__(self, source: Source, complain: Complain = refuse) -> None:
+        self.source, self._complain = source, complain
+        self.images, self.names = list[str](), list[str]()
         self._row: dict[str, int] = {}  # by the name that was given
         self._real: dict[str, int] = {}  # by the resolved path
         self._folders: dict[str, tuple[str, str]] = {}  # by the given path: resolved, and below the root
@@ -243,11 +288,22 @@ class _ImageFinder:
     def __call__(self, place: int, name: str) -> int:
         row = self._row.get(name)
         if row is None:
+            row = self._row[name] = self._find(place, name)
+        return row
+
+    def _find(self, place: int, name: str) -> int:
+        missing = len(self._missing)
+        try:
             path, below = self._resolve(place, name)
-            row = self._row[name] = self._real.setdefault(path, len(self.images))
-            if row == len(self.images):
-                self.images.append(path)
-                self.names.append(below)
+        except Unusable as error:
+            self._complain(error.kind, error)
+            return -1
+        if len(self._missing) > missing and self._complain is not refuse:
+            return -1
+        row = self._real.setdefault(path, len(self.images))
+        if row == len(self.images):
+            self.images.append(path)
+            self.names.append(below)
         return row
 
     def _resolve(self, place: int, name: str) -> tuple[str, str]:
@@ -272,7 +328,8 @@ class _ImageFinder:
             self._missing.append((place, real))
         except (OSError, ValueError):  # a name with NUL, too long, or a loop of links
             where = self._where(place)
-            raise DataError(f"{where}: {name[:80]!r} is not a usable file name; correct it or remove it") from None
+            what = f"{where}: {name[:80]!r} is not a usable file name; correct it or remove it"
+            raise Unusable("unusable name", what) from None
         return real, below
 
     def _folder(self, place: int, name: str, folder: str) -> tuple[str, str]:
@@ -282,23 +339,18 @@ class _ImageFinder:
             below = os.path.relpath(path, top)
             if below.split(os.sep, 1)[0] != os.pardir:
                 return os.path.realpath(path), "" if below == os.curdir else below
-        raise DataError(
-            f"{self._where(place)}: image {name} lies outside {root}; move it there, place a link to its folder there,"
-            " or set data.image_root"
-        )
+        what = f"{self._where(place)}: image {name} lies outside {root}; move it there, place a link to its folder"
+        raise Unusable("outside the root", f"{what} there, or set data.image_root")
 
     def _where(self, place: int) -> str:
         noun = NOUNS.get(self.source.layout)
         return f"{self.source.path} {noun} {place}" if noun else f"{self.source.path}"
 
     def complain(self) -> None:
-        """Raise a DataError where images are missing."""
-        if not self._missing:
-            return
-        place, path = self._missing[0]
-        others = len(self._missing) - 1
-        more = f", and {others} more of {len(self._row)} are missing" if others else ""
-        raise DataError(
-            f"{self._where(place)}: no image {path}{more}; correct the path or set data.image_root"
-            f" (now {self.source.root})"
-        )
+        """Missing images: a run's error names the first and says how many there are, a check hears of each."""
+        told = self._missing[:1] if self._complain is refuse else self._missing
+        for place, path in told:
+            others = len(self._missing) - len(told)
+            more = f", and {others} more of {len(self._row)} are missing" if others else ""
+            what = f"{self._where(place)}: no image {path}{more}; correct the path or set data.image_root"
+            self._complain("missing image", DataError(f"{what} (now {self.source.root})"))

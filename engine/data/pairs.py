@@ -6,13 +6,11 @@ Everything cheap is checked when the pairs are read; images are decoded when the
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
 
 from ..beats import beat
 from ..errors import DataError, RecipeError
@@ -21,10 +19,12 @@ from . import fashion_gen
 from .base import ALL, CaptionBatch, EvaluationSplit, PairData
 from .batch import Batch
 from .captions import CaptionTable, token_limit
+from .decoders import Decoders
 from .normalisation import NORMALISATIONS
 from .pair_files import SPLITS, UNDECIDED, PairTable, read_pairs
 from .pair_groups import held_out, true_matches
-from .pictures import Chances, augmented, read_picture, square
+from .pair_pictures import read_pair_picture
+from .pictures import Chances, augmented, lights, square
 from .randomness import Draws
 from .tokenizer import FUNCTION_WORDS, CaptionTokenizer, split_words
 
@@ -63,7 +63,7 @@ class FilePairs(PairData):
         out = held_out(self._group[undecided], [names[row] for row in undecided.tolist()], section.validation_fraction)
         decided = bool(np.isin(part, (VAL, TEST, VALIDATION)).any())
         part[undecided] = np.where(out & (not decided), HELD_OUT, TRAIN)
-        own = np.array([not source.by_image for source in self.pairs.sources])[self.pairs.source]
+        own = np.array([source.editable for source in self.pairs.sources])[self.pairs.source]
         if tokenizer is None:
             self._refuse_wordless(np.flatnonzero(own & np.isin(part, (TRAIN, HELD_OUT))), texts, given)
         train = np.flatnonzero(part == TRAIN)
@@ -86,13 +86,13 @@ class FilePairs(PairData):
         self._category = _numbered(self.pairs.categories)
         levels = {"category": self.pairs.categories, "subcategory": self.pairs.subcategories}
         self._labels = {k: np.array([x or "" for x in names], object) for k, names in levels.items() if any(names)}
-        self._decoders: ThreadPoolExecutor | None = None
+        self._decoders = Decoders(section.workers)
         self.splits = splits = {
             name: FileSplit(title, self, np.flatnonzero(part == number))
             for number, name, title in (
                 (VALIDATION, "validation", str(section.validation_path)),
                 (VAL, "val", f"{_BENCHMARKS.get(self.pairs.sources[-1].layout, '')} val split".strip()),
-                (TEST, "test", "Karpathy's test split"),
+                (TEST, "test", f"{_BENCHMARKS.get(self.pairs.sources[-1].layout, '')} test split".strip()),
                 (HELD_OUT, "held-out", "held-out captions"),
                 (WHOLE, ALL, f"all {len(self.pairs):,} pairs of {section.path}"),
             )
@@ -187,7 +187,7 @@ class FilePairs(PairData):
         return self.pairs.where(int(self.train[index]), short=True)
 
     def fingerprint(self) -> str:
-        images = "\n".join(self.pairs.images[image] for image in self.pairs.image[self.train].tolist())
+        images = "\n".join(self.pairs.names[image] for image in self.pairs.image[self.train].tolist())
         return hashlib.sha256((super().fingerprint() + images).encode()).hexdigest()
 
     def notices(self) -> list[str]:
@@ -208,20 +208,12 @@ class FilePairs(PairData):
 
     def load(self, rows: np.ndarray, index: np.ndarray, chances: Chances | None) -> Batch:
         """Pairs ``rows`` of the table; ``chances`` augments them, None takes the whole images as they are."""
-        if self._decoders is None:
-            self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode")
-        places = range(len(rows))
-        pixels = torch.stack(list(self._decoders.map(lambda at: self._picture(int(rows[at]), at, chances), places)))
-        images = pixels.permute(0, 3, 1, 2).float().div_(255)
-        if chances is not None and not self.section.rand_augment.operations:  # which changes the light itself
-            contrast, brightness = (
-                torch.from_numpy(1 + self.section.augment * (0.4 * luck - 0.2)).float()[:, None, None, None]
-                for luck in (chances.contrast, chances.brightness)
-            )
-            images = (((images - 0.5) * contrast + 0.5) * brightness).clamp_(0, 1)
+        light = None if chances is None else lights(self.section, chances)
+        read = lambda at: self._picture(int(rows[at]), at, chances)  # noqa: E731
+        images = self._decoders.images(read, len(rows), self.size, self.normalisation, light)
         texts = self.table.assemble(self.table.whole(rows), len(rows))
         return Batch(
-            images=self.normalisation.apply_(images).contiguous(),
+            images=images,
             token_ids=texts.token_ids,
             token_mask=texts.token_mask,
             maskable=texts.maskable,
@@ -229,16 +221,13 @@ class FilePairs(PairData):
             index=torch.from_numpy(index.copy()),
         )
 
-    def _picture(self, row: int, at: int, chances: Chances | None) -> Tensor:
-        """(S, S, 3) uint8: the image of pair ``row``, augmented by the chances of sample ``at``."""
+    def _picture(self, row: int, at: int, chances: Chances | None) -> Image.Image:
+        """The image of pair ``row``, S pixels a side, augmented by the chances of sample ``at``."""
         source = self.pairs.sources[self.pairs.source[row]]
-        read = fashion_gen.picture if source.layout == fashion_gen.LAYOUT else read_picture
-        image = read(self.pairs.images[self.pairs.image[row]], self.pairs.where(row))
+        image = read_pair_picture(source, self.pairs.images[self.pairs.image[row]], self.pairs.where(row))
         if chances is None:
-            image = square(image, self.size)
-        else:
-            image = augmented(image, self.size, self.section, chances, at, may_mirror=not self._sided[row])
-        return torch.from_numpy(np.array(image))
+            return square(image, self.size)
+        return augmented(image, self.size, self.section, chances, at, may_mirror=not self._sided[row])
 
 
 def _check(section: DataSection) -> None:

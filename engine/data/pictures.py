@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 
 import numpy as np
@@ -13,6 +14,8 @@ from .rand_augment import DRAWS, rand_augment
 from .randomness import Draws
 
 MAX_PIXELS = 64 * 2**20  # a larger image is refused before it is decoded
+STORED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_NESTED = frozenset({"EPS", "IPTC"})  # read by Ghostscript, and by whatever reads what is in it
 MAX_ASPECT = 4 / 3  # of a crop, either way
 _TRIES = 10  # crops that are drawn until one fits into the image
 # An oversized image is an error of ours (MAX_PIXELS), so Pillow's warning would only be a second, less useful line.
@@ -21,22 +24,26 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
 
-def read_picture(path: str, where: str | None = None) -> Image.Image:
-    """RGB, upright, transparency on white.
+def read_picture(path: str, where: str | None = None, contents: bytes | None = None) -> Image.Image:
+    """RGB, upright, transparency on white; ``contents`` in place of the file's, then ``path`` is a name for it.
 
     Raises:
         DataError: a file that is no image or is too large; ``where`` says what named it, None: the command line.
     """
     try:
-        with Image.open(path) as file:
+        with open_picture(path, contents) as file:
             if file.width * file.height > MAX_PIXELS:
                 named, remedy = (path, "leave it out") if where is None else (f"{where}: image {path}", "remove it")
                 raise DataError(f"{named} has {file.width} x {file.height} pixels, more than"
                                 f" {MAX_PIXELS >> 20} million; make it smaller or {remedy}")  # fmt: skip
-            return on_white(ImageOps.exif_transpose(file))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            ImageOps.exif_transpose(file, in_place=True)
+            file.load()
+            return on_white(file)
+    except DataError:
+        raise
+    except Exception as error:  # what a damaged image makes Pillow raise is not foreseen: struct.error, say
         # the system's own line would name the file again
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "it is not an image"
         if where is None:
@@ -46,6 +53,18 @@ def read_picture(path: str, where: str | None = None) -> Image.Image:
         ) from None
 
 
+def open_picture(path: str, contents: bytes | None = None) -> Image.Image:
+    """Opened and not decoded; close it. Raises whatever Pillow raises for what is no image.
+
+    Contents that came in somebody's archive are only read as the formats of :data:`STORED_FORMATS`, and files as any,
+    whatever their names end in, but for those for which Pillow starts programs.
+    """
+    if contents is None:
+        Image.init()  # so that all formats are there, those of plug-ins among them
+        return Image.open(path, formats=[name for name in Image.ID if name not in _NESTED])
+    return Image.open(io.BytesIO(contents), formats=STORED_FORMATS)
+
+
 def on_white(image: Image.Image) -> Image.Image:
     """RGB, transparency on white; 16-bit greys are scaled, not clipped."""
     if image.mode.startswith("I;16"):
@@ -53,7 +72,7 @@ def on_white(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 class Chances:
@@ -84,6 +103,13 @@ def augmented(
     if may_mirror and section.mirror and chances.mirror[row] < 0.5:
         image = ImageOps.mirror(image)
     return rand_augment(image, section.rand_augment, chances.changes[row])
+
+
+def lights(section: DataSection, chances: Chances) -> np.ndarray | None:
+    """(2, B): factors on contrast and brightness; None where RandAugment changes the light itself."""
+    if section.rand_augment.operations:
+        return None
+    return np.asarray(1 + section.augment * (0.4 * np.stack([chances.contrast, chances.brightness]) - 0.2))
 
 
 def crop(width: int, height: int, section: DataSection, chances: Chances, row: int) -> Box:

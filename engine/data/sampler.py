@@ -46,6 +46,7 @@ class StepSampler:
         self.size, self.batch_size, self.world_size, self.seed = size, batch_size, world_size, seed
         self.steps_per_epoch = size // batch_size
         self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._later: dict[int, np.ndarray] = {}  # orders of later epochs that ahead() was asked for
 
     def epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
@@ -54,13 +55,30 @@ class StepSampler:
         """The rank's contiguous share of the step's batch: (batch_size / world_size,) int64."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._order_of(epoch)
+            found = self._later.get(epoch)
+            self._epoch, self._order = epoch, self._order_of(epoch) if found is None else found
+            self._later = {later: order for later, order in self._later.items() if later > epoch}
+        return self._share_of(self._order, place, rank)
+
+    def ahead(self, step: int, rank: int) -> np.ndarray | None:
+        """What :meth:`indices` will return at a later step; None where it is not known yet. Waits for nobody, and
+        changes nothing that a step could see."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = self._order if epoch == self._epoch else self._order_ahead(epoch)
+        return None if order is None else self._share_of(order, place, rank)
+
+    def _share_of(self, order: np.ndarray, place: int, rank: int) -> np.ndarray:
         share = self.batch_size // self.world_size
         start = place * self.batch_size + rank * share
-        return self._order[start : start + share].astype(np.int64)
+        return order[start : start + share].astype(np.int64)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         return permutation(self.seed, epoch, self.size)
+
+    def _order_ahead(self, epoch: int) -> np.ndarray | None:
+        if epoch not in self._later:
+            self._later[epoch] = permutation(self.seed, epoch, self.size)
+        return self._later[epoch]
 
     # What an order that follows the model needs (grouping_sampler.py); this one needs nothing of it.
     collects = False  # whether collect() does anything

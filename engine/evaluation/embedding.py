@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..beats import beat
 from ..data.base import EvaluationSplit
+from ..models.system import encode_image, encode_text
 
 BATCH = 256  # images or captions in a forward
 PAIRS = 256  # image–caption pairs in a forward of the fusion encoder
@@ -68,7 +69,7 @@ def embed(
     for start, batch in zip(range(0, split.image_count, BATCH), split.images(BATCH), strict=True):
         beat("evaluation: encoding images")
         progress("images encoded", start, split.image_count)
-        encoded = model.encode_image(batch.images.to(device))
+        encoded = encode_image(model, batch.images.to(device))
         features.append(encoded.feature.float())
         groups.append(batch.group_id.cpu())
         if start == 0 and keep and split.image_count * encoded.tokens[0].nbytes <= _room(encoded.tokens.device):
@@ -80,7 +81,7 @@ def embed(
         beat("evaluation: encoding captions")
         progress("captions encoded", start, split.caption_count)
         mask = captions.token_mask.to(device)
-        encoded = model.encode_text(captions.token_ids.to(device), mask)
+        encoded = encode_text(model, captions.token_ids.to(device), mask)
         texts.append(encoded.feature.float())
         tokens.append(encoded.tokens[mask])
         lengths.append(captions.token_mask.sum(1).cpu())

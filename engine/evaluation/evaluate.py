@@ -68,17 +68,19 @@ def evaluate(
         looks: dict[str, Batch] = {} if split.kind == "scene" else {"singles": sample(split, count, recipe.seed)}
         if scenes is not None:
             looks["scenes"] = scenes
-        captioner = is_captioner(model)  # without a match head
-        matched = {} if captioner else looks
+        captioner = is_captioner(model)
+        if recipe.model.system is not None:  # of which masks and matching are not known
+            looks, scenes = {}, None
+        matched = looks if matches(model) else {}
         matching = {kind: _matching(model, batch, tau, device, recipe.seed) for kind, batch in matched.items()}
         layer, words = recipe.masking.layer, 2048 if full else 512
         masks = {kind: mask_measures(model, batch, look, layer, device, words) for kind, batch in looks.items()}
         for kind, batch in looks.items() if captioner else ():
             masks[kind] |= captioner_measures(model, batch, look, recipe, device)
-        probe = _flat(masks, matching)
+        probe = _flat(masks, matching) if masks else {}
         of_scenes = {name: masks["scenes"]} if scenes is not None else {}
         for other in list(data.splits)[1:]:
-            others = data.scene_batch(other, count, recipe.seed)
+            others = data.scene_batch(other, count, recipe.seed) if looks else None
             if others is not None:
                 of_scenes[other] = mask_measures(model, others, look, layer, device, words)
         if not full:
@@ -94,7 +96,7 @@ def evaluate(
         "splits": splits,
         **more,
         "itm": {**main, **({"scenes": matching["scenes"]} if "scenes" in matching else {})},
-        "masks": {**probe, "samples": count},
+        "masks": {**probe, "samples": count} if looks else {},
         "machine": describe_machine(),
         "seed": recipe.seed,
     }
@@ -112,7 +114,7 @@ def retrieval(
     heading = f"retrieval: {split.title}"
     progress(heading)
     section = recipe.evaluation
-    if is_captioner(model):  # which has nothing to re-rank by
+    if not matches(model):  # it has nothing to re-rank by
         section = section.model_copy(update={"rerank": 0})
     return evaluate_split(
         model, split, device, temperature, section, recipe.seed, lambda text: progress(f"{heading}: {text}")
@@ -142,6 +144,11 @@ def further(
     if data.composed:
         found["composed"] = composed_retrieval(model, data.composed, device, progress)
     return found
+
+
+def matches(model: Any) -> bool:
+    """Whether it has a match head: a captioner has none, nor need a model from outside."""
+    return not is_captioner(model) and hasattr(model, "match_logits")
 
 
 def gains(masks: Mapping[str, float]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from ..data.classes import classes_of
 from ..data.pair_layouts import lone_surrogate
 from ..data.tokenizer import CaptionTokenizer
 from ..errors import RecipeError
+from ..models.system import encode_image, encode_text
 from .embedding import BATCH, Progress
 from .linear_probe import scores
 
@@ -136,7 +137,7 @@ def zero_shot(
     for start, batch in zip(range(0, split.image_count, BATCH), split.images(BATCH), strict=True):
         beat("evaluation: encoding images")
         told("zero-shot: images encoded", start, split.image_count)
-        features.append(model.encode_image(batch.images.to(device)).feature.float())
+        features.append(encode_image(model, batch.images.to(device)).feature.float())
     images = torch.cat(features)
     found = {}
     for level, own in asked.items():
@@ -168,7 +169,7 @@ def class_embeddings(
     for start in range(0, len(flat), BATCH):
         beat("evaluation: encoding prompts")
         ids, mask = tokenizer.batch(flat[start : start + BATCH], longest)
-        features.append(model.encode_text(ids.to(device), mask.to(device)).feature.float())
+        features.append(encode_text(model, ids.to(device), mask.to(device)).feature.float())
     parts = torch.cat(features).split([len(own) for own in texts])
     return F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)
 

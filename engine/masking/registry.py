@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..data.tokenizer import split_words
-from ..errors import RecipeError, nearest
+from ..errors import RecipeError
+from ..plugins import import_announced
 from ..recipe import MaskingSection, Section
-from ..recipe_fields import describe
+from ..registry import hint, read_options, told
 from .corruption import FIRST_WORD_ID
 from .plan import MaskContext, MaskPlan
 
@@ -88,6 +88,13 @@ def policies() -> dict[str, type[Policy]]:
     return dict(_policies)
 
 
+def find_policy(name: str) -> type[Policy] | None:
+    """The policy of a name; installed packages are asked before the answer is None."""
+    if name not in _policies:
+        import_announced()
+    return _policies.get(name)
+
+
 def build_policy(section: MaskingSection, text: bool = False) -> Policy:
     """The policy that a recipe names; with ``text`` the one that chooses the words.
 
@@ -97,28 +104,14 @@ def build_policy(section: MaskingSection, text: bool = False) -> Policy:
     field = "text_policy" if text else "policy"
     name, given = (section.text_policy, section.text_options) if text else (section.policy, section.options)
     assert name is not None
-    if name not in _policies:
-        raise RecipeError(f"masking.{field}: unknown policy {name!r}; {_hint(name, _policies)}")
-    kind = _policies[name]
-    try:
-        options = kind.Options.model_validate(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        option = ".".join(str(part) for part in first["loc"])
-        where = f"masking.{'text_options' if text else 'options'}"
-        if first["type"] == "extra_forbidden":
-            known = list(kind.Options.model_fields)
-            hint = _hint(option, known) if known else "it has none"
-            raise RecipeError(f"{where}: policy {name!r} has no option {option!r}; {hint}") from None
-        if first["type"] == "value_error":
-            raise RecipeError(f"{where}: {first['ctx']['error']}") from None
-        raise RecipeError(
-            f"{where}.{option}: {first['input']!r} is not allowed; expected {describe(kind.Options, option)}"
-        ) from None
+    kind = find_policy(name)
+    if kind is None:
+        raise RecipeError(f"masking.{field}: unknown policy {name!r}; {told(hint(name, _policies))}")
+    where = f"masking.{'text_options' if text else 'options'}"
+    options = read_options(kind.Options, given, f"policy {name!r}", where)
     for field, value in options:
         if isinstance(value, Path) and not value.expanduser().is_file():
-            where = f"masking.{'text_options' if text else 'options'}.{field}"
-            raise RecipeError(f"{where}: no such file {value}; check the path")
+            raise RecipeError(f"{where}.{field}: no such file {value}; check the path")
     return kind(section, options)
 
 
@@ -126,9 +119,3 @@ def reads_words(section: MaskingSection) -> bool:
     """Whether masks are chosen by what patches read of the words, which takes a block of the model for it."""
     texts = (False, True) if section.text_policy else (False,)
     return any("word_attention" in build_policy(section, text=text).needs for text in texts)
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    close = nearest(word, known)
-    return f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Encoded:
+    """An image or a caption through its tower: tokens, and the feature that is compared."""
+
     tokens: Tensor  # (B, N, width) in the tower's dtype
     feature: Tensor  # (B, E) float32, length 1; (B, 0) where it was not asked for
     visible: Visible | None = None  # of an image whose hidden patches were left out: N = 1 + V, CLS and what was kept

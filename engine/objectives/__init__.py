@@ -7,6 +7,7 @@ from .masked_words import MaskedWords
 from .masks import RunMasks, Seen
 from .mim import masked_image_modelling
 from .mlm import masked_language_modelling
+from .own import ObjectiveView
 from .recognition import recognise
 from .views import Keys, StudentView, TeacherView, Terms, look
 
@@ -14,6 +15,7 @@ __all__ = [
     "PRIOR",
     "Keys",
     "MaskedWords",
+    "ObjectiveView",
     "RunMasks",
     "Seen",
     "StudentView",

@@ -50,7 +50,12 @@ def plan_recipe(
         if not 0 < efficiency <= 1:
             raise UserError(f"--efficiency {efficiency:g}: give a share of the peak above 0, up to 1, such as 0.6")
         rates = Rates(matrix=efficiency)
-    found = plan(load_unopened(path, overrides), DEVICES[gpu], gpus, rates)
+    recipe = load_unopened(path, overrides)
+    if recipe.model.system is not None:
+        raise RecipeError(
+            f"{path}: a plan counts what crossmask's own models do, and knows none of {recipe.model.system}"
+        )
+    found = plan(recipe, DEVICES[gpu], gpus, rates)
     show(found, console or Console(width=WIDTH, highlight=False))
     if output is not None:
         try:

@@ -8,6 +8,7 @@ from functools import cache
 
 from crossmask.kernels.roofline import Device, Work, adamw, elementwise, ema_update
 
+from ..errors import RecipeError
 from ..recipe import Recipe
 from ..recipe_files import check_world
 from .assumed import Assumed
@@ -19,6 +20,7 @@ from .zero import STAGES, Collective, Layout, Zero, held, lasting_buffers, on_to
 RESERVED = 0.08  # share of a GPU's memory for CUDA's context, libraries and what the allocator cannot use
 TOLERANCE = 0.1  # of step times: a stage has to be faster by more, as overlap is never perfect, to be worth going up
 
+DEEPEST = 128  # blocks of a tower: a plan goes through each of them several times, at a tenth of a second
 LOOKS = 8  # traces, at most, in search of the largest batch
 
 
@@ -92,8 +94,10 @@ def plan(recipe: Recipe, device: Device, gpus: int, rates: Rates, assumed: Assum
     """Work it out. Nothing is allocated, no data are opened.
 
     Raises:
-        RecipeError: a batch that does not divide by ``gpus``, or a DeepSpeed setting that is not modelled.
+        RecipeError: a batch that does not divide by ``gpus``, a DeepSpeed setting that is not modelled, or a tower of
+            more than :data:`DEEPEST` blocks.
     """
+    _refuse_too_deep(recipe)
     assumed = assumed or Assumed.of(recipe)
     pairs = check_world(recipe, gpus)
     seen = trace(recipe, assumed, pairs, gpus, device)
@@ -112,6 +116,20 @@ def plan(recipe: Recipe, device: Device, gpus: int, rates: Rates, assumed: Assum
         micro * sum(sum(one.work.flops.values()) for one in seen.launched),
         sum(p.numel for p in seen.parameters), seen.teacher, notes,
     )  # fmt: skip
+
+
+def _refuse_too_deep(recipe: Recipe) -> None:
+    """Before a step of thousands of blocks is gone through, which would take many minutes."""
+    model, captioner = recipe.model, recipe.model.captioner
+    depths = {"image.depth": model.image.depth, "text.depth": model.text.depth, "fusion.depth": model.fusion.depth}
+    if captioner is not None:
+        depths |= {"captioner.depth": captioner.depth, "captioner.image_depth": captioner.image_depth or 0}
+    for name, depth in depths.items():
+        if depth > DEEPEST:
+            raise RecipeError(
+                f"model.{name} ({depth:,}): a plan goes through every block of the step and is made for up to {DEEPEST}"
+                f" in a tower; set it to {DEEPEST} or less"
+            )
 
 
 def _stage(

@@ -18,6 +18,7 @@ from ..recipe import Recipe
 from ..teacher import FeatureQueue
 from ..training import caption_step, step, systems
 from ..training.clock import Clock
+from ..training.families import Family
 from ..training.optimizer import parameter_groups
 from ..training.step import Schedule
 from .assumed import Assumed, AssumedMasks, hidden_patches, meta_batch, on_a_gpu
@@ -88,7 +89,7 @@ class _Teacher:
             yield self.model
 
 
-def build(recipe: Recipe, assumed: Assumed) -> tuple[systems.System, nn.Module, nn.Module]:
+def build(recipe: Recipe, assumed: Assumed) -> tuple[Family, nn.Module, nn.Module]:
     """The recipe's system, its student and its teacher on ``meta``, with as many parameters as real ones."""
     masks = AssumedMasks(recipe, assumed)
     system = systems.build_system(recipe, assumed.data, masks)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import UserError
 from ..teacher.gather import world_size
+
+T = TypeVar("T")
 
 
 def collective_device() -> torch.device:
@@ -37,3 +43,28 @@ def first_error(error: str | None) -> str | None:
 def rank_of_process() -> int:
     """This process's rank; 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def by_first_rank(make: Callable[[], T]) -> T:
+    """What ``make`` returns on rank 0, on every rank; it is pickled. Collective.
+
+    Raises:
+        UserError: on the other ranks, where ``make`` raised something on rank 0, which raises that itself.
+    """
+    if world_size() == 1:
+        return make()
+    box: list[Any] = [None]
+    error: Exception | None = None
+    if rank_of_process() == 0:
+        try:
+            box = [make()]
+        except Exception as problem:
+            error = problem
+    told = first_error(None if error is None else str(error) or type(error).__name__)
+    if error is not None:
+        raise error
+    if told is not None:
+        raise UserError(told)
+    dist.broadcast_object_list(box, src=0)
+    made: T = box[0]
+    return made

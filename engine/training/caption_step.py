@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..masking import MaskPlan
+from ..masking import Draws, MaskPlan
 from ..models import Encoded
 from ..models.captioner import CaptioningModel
 from ..models.captioner_student import CaptioningStudent
@@ -16,6 +16,7 @@ from ..objectives import Keys, Terms
 from ..objectives.captioning import caption_context, image_captioning, low_patches
 from ..objectives.itc import image_text_contrast
 from ..objectives.masks import RunMasks, Seen
+from ..objectives.own import ObjectiveView, own_terms
 from ..objectives.tg_mim import text_guided_image_modelling
 from ..objectives.views import StudentView, TeacherView
 from ..recipe import Recipe
@@ -67,6 +68,14 @@ def compute_captioner_losses(
             terms |= text_guided_image_modelling(model, part.images, hidden, masked, guide, part.token_mask)
         terms |= {} if plan is None else mask_shares(plan)
     weights = {"itc": section.itc.weight, "caption": section.caption.weight, "tg_mim": section.tg_mim.weight}
+    if section.own:
+        draws, progress = Draws(recipe.seed, step, batch.index), step / recipe.training.max_steps
+        temperature = student.clamped_temperature
+        found, own = own_terms(
+            section, ObjectiveView(model, batch, image, text, temperature, None, draws, step, progress)
+        )
+        terms |= found
+        weights |= own
     loss = 0.0 * student.temperature.float().sum()  # a live graph even where no objective has begun
     for name, weight in weights.items():
         if name in terms:

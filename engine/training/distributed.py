@@ -72,6 +72,60 @@ def init_distributed() -> World:
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
+_holders = 0  # of the process group that join() began; 0 where there is none of ours
+_set: list[str] = []  # environment variables that it set
+
+
+def join() -> World:
+    """:func:`init_distributed` for a part of a program: :func:`part` ends the process group that this began.
+
+    A group that was there before is joined and left alone. Several may be in the group that the first of them began.
+    """
+    global _holders
+    import torch.distributed as dist
+
+    ours = _holders > 0 or not dist.is_initialized()
+    if not dist.is_initialized():
+        _forget_groups()
+    before = set(os.environ)
+    world = init_distributed()
+    if ours:
+        if not _holders:
+            _set[:] = sorted(set(os.environ) - before)
+        _holders += 1
+    return world
+
+
+def part() -> None:
+    """The counterpart of a :func:`join` that began a process group, or joined that one: the last one ends it."""
+    global _holders
+    if not _holders:
+        return
+    _holders -= 1
+    if _holders:
+        return
+    import deepspeed.comm
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    _forget_groups()
+    for name in _set:  # the port, above all
+        os.environ.pop(name, None)
+    _set.clear()
+
+
+def _forget_groups() -> None:
+    """What DeepSpeed remembers of groups that are gone, whoever ended them: else the next is taken for one of them."""
+    if "deepspeed" not in sys.modules:
+        return
+    import deepspeed.comm
+    from deepspeed.utils import groups
+
+    deepspeed.comm.comm.cdb = None
+    groups._release_process_group_references(group=None)
+
+
 def from_rank_zero(value: Any) -> Any:
     """Rank 0's value, on every rank; any picklable object. Call on all ranks."""
     import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..beats import beat
 from ..data import CaptionTokenizer
@@ -37,9 +37,7 @@ _CAPTION_TABLE = "text.position_embeddings"  # a captioner's; [CLS] has the last
 class Initial:
     """Fills a fresh student, and keeps what teacher and queue start from."""
 
-    def __init__(
-        self, student: PretrainingModel | CaptioningStudent, recipe: Recipe, tokenizer: CaptionTokenizer
-    ) -> None:
+    def __init__(self, student: nn.Module, recipe: Recipe, tokenizer: CaptionTokenizer) -> None:
         """Draws no random numbers.
 
         Raises:
@@ -63,6 +61,7 @@ class Initial:
                 raise CheckpointError(f"model.initial: {error}") from None
             self._fill(student, stored, recipe)
         if section.image.weights is not None:
+            assert isinstance(student, (PretrainingModel, CaptioningStudent))
             load_image_weights(student.model.image, section.image.weights)
         if section.text.weights is not None:
             assert isinstance(student, PretrainingModel)  # a captioner's recipe names no BERT
@@ -79,13 +78,16 @@ class Initial:
     @staticmethod
     def _check(stored: StoredModel, section: ModelSection, tokenizer: CaptionTokenizer) -> None:
         folder, theirs = section.initial, stored.config.model
+        if theirs.system != section.system or theirs.options != section.options:
+            has, asked = (f"{m.system or 'none'} with {m.options}" for m in (theirs, section))
+            raise CheckpointError(f"{folder} is of model.system {has}, the recipe has {asked}; take another folder")
         if (theirs.captioner is None) != (section.captioner is None):
             kinds = ("a fusion model", "a captioner")
             their_kind, own_kind = kinds if theirs.captioner is None else kinds[::-1]
             raise CheckpointError(f"{folder} is {their_kind}, the recipe has {own_kind}; take another folder or recipe")
         found = []
         for part, names in _FIELDS.items():
-            if part == ("fusion" if section.captioner is not None else "captioner"):
+            if part == ("fusion" if section.captioner is not None else "captioner") or (part and section.system):
                 continue
             one, two = (getattr(model, part) if part else model for model in (theirs, section))
             found += [
@@ -117,7 +119,7 @@ class Initial:
                     f"{folder} has other words than the data: number {number} is {word!r}, not {own_word!r}; {remedy}"
                 )
 
-    def _fill(self, student: PretrainingModel | CaptioningStudent, stored: StoredModel, recipe: Recipe) -> None:
+    def _fill(self, student: nn.Module, stored: StoredModel, recipe: Recipe) -> None:
         own = student.state_dict()
         given = stored.student
         if given is None:

@@ -19,9 +19,7 @@ from crossmask.kernels import native
 
 from ..atomic import replace_file, writing_to
 from ..beats import beat
-from ..data import load_data
-from ..data.batch import Batch
-from ..errors import CheckpointError, RecipeError
+from ..data import PairData, load_data
 from ..evaluation import (
     build_report,
     describe_machine,
@@ -39,50 +37,62 @@ from ..evaluation.captioner import prompts_of
 from ..evaluation.evaluate import frozen, further
 from ..exported import describe_export, save_exported
 from ..failures import EXIT_STOPPED, describe_failure
-from ..masking import MaskPlan, check_masking
-from ..objectives import Seen, Terms
+from ..masking import check_masking
+from ..objectives import Terms
 from ..recipe import Recipe
-from ..recipe_files import dump_recipe
 from .agreement import any_rank
 from .checkpoint import CheckpointManager, CheckpointState
 from .clock import Clock
 from .display import TrainingDisplay, quiet
-from .distributed import init_distributed
+from .distributed import join, part
 from .mask_notice import nothing_hidden
 from .metrics import MetricWriter
 from .pretrainer import Pretrainer
 from .run_lock import run_lock
+from .run_state import begin_folder, restore_state, state_of
 from .signals import StopRequest
 from .status import read_status, write_status
 
 
-def train(recipe: Recipe, run_dir: Path, resume: bool) -> int:
+def train(recipe: Recipe, run_dir: Path, resume: bool = False, data: PairData | None = None) -> int:
     """Run ``recipe`` on this rank, in ``run_dir``, from its latest checkpoint with ``resume``. Collective.
 
-    Returns the exit code: 0 when the run is finished, 130 when it was asked to stop and saved a checkpoint.
+    ``data``: default the recipe's. Returns the exit code: 0 when the run is finished, 130 when it was asked to stop and
+    saved a checkpoint.
 
     Raises:
         UserError: what the user can mend; ``status.json`` then says ``failed`` and why.
     """
     quiet()
-    rank, world_size, device = init_distributed()
+    rank, world_size, device = join()
+    try:
+        return _train(recipe, run_dir, resume, data, rank, world_size, device)
+    finally:
+        part()
+
+
+def _train(
+    recipe: Recipe, run_dir: Path, resume: bool, data: PairData | None, rank: int, world_size: int, device: torch.device
+) -> int:
     check_masking(recipe)  # an unknown policy is said before the data is read
     beat("reading the data")
-    data = load_data(recipe)
+    data = load_data(recipe) if data is None else data
     prompts_of(recipe, data)  # what is wrong with them is said before hours of work
     beat("building the model")
     pretrainer = Pretrainer(recipe, data, rank, world_size, device, resumed=resume, run_dir=run_dir)
-    run = Run(recipe, run_dir, pretrainer, rank, world_size)
+    return train_here(pretrainer, run_dir, resume)
+
+
+def train_here(pretrainer: Pretrainer, run_dir: Path, resume: bool) -> int:
+    """The loop around a pretrainer, which is closed in the end. Collective."""
+    run = Run(pretrainer.recipe, run_dir, pretrainer, pretrainer.rank, pretrainer.world_size)
     with (
-        run_lock(run_dir, "trained") if rank == 0 else nullcontext(),
+        run_lock(run_dir, "trained") if pretrainer.rank == 0 else nullcontext(),
         StopRequest() as stop,
-        closing(pretrainer.sampler),
+        closing(pretrainer),
     ):
         return run.go(stop, resume)
 
-
-# What a checkpoint holds besides weights, queue and random states; see Run._save.
-STATE_KEYS = {"data", "skipped_steps", "skipped_in_a_row", "temperature", "trained_s", "unlogged"}
 
 SLOW_SAVE_S = 2.0
 
@@ -98,9 +108,7 @@ class Run:
         self.recipe, self.run_dir, self.pretrainer = recipe, run_dir, pretrainer
         self.rank, self.world_size = rank, world_size
         self.first = rank == 0
-        self.trained_s = 0.0  # seconds of training before this start of the run
         self.writer: MetricWriter | None = None  # rank 0's
-        self.temperature = recipe.objectives.itc.temperature  # as last logged
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
         self.warned = False  # of masks that hide nothing
@@ -113,14 +121,7 @@ class Run:
             beat("loading the checkpoint")
             self._restore(checkpoints.load(pretrainer.engine, pretrainer.teacher, pretrainer.queue))
         elif self.first:
-            try:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                replace_file(self.run_dir / "recipe.yaml", dump_recipe(recipe))
-                pretrainer.data.tokenizer.save(self.run_dir / "tokenizer.json")
-            except OSError as error:
-                raise RecipeError(
-                    f"output: {self.run_dir} cannot be written: {error.strerror}; choose another with --output"
-                ) from None
+            begin_folder(pretrainer, self.run_dir)
         self._status("running")
 
         with ExitStack() as stack:
@@ -147,7 +148,6 @@ class Run:
                 messages.append(f"trained to step {total:,} already: evaluating again, in place of the last evaluation")
             for message in messages:
                 self.display.message(message)
-            self.started = time.perf_counter()
             try:
                 if self._train(stop, checkpoints):
                     self._status("stopped", stop.reason or "asked to stop on another rank")
@@ -174,7 +174,7 @@ class Run:
         training, pretrainer = self.recipe.training, self.pretrainer
         every = training.evaluate_every
         saved, kept = pretrainer.next_step, snapshot_steps(training.max_steps)
-        for line in pretrainer.sampler.begin(pretrainer.next_step):
+        for line in pretrainer.begin():
             self.display.message(line)
         if pretrainer.next_step == 0:
             self._snapshot()
@@ -182,17 +182,18 @@ class Run:
                 self._probe()
         since, logged = time.perf_counter(), pretrainer.next_step
         while pretrainer.next_step < training.max_steps:
-            terms, numbers = pretrainer.step()
-            step = pretrainer.next_step
+            pretrainer.step()
+            details, step = pretrainer.last, pretrainer.next_step
+            assert details is not None
             beat("logging", step)
             last = step == training.max_steps
             clock = Clock(pretrainer.seconds)
-            self._count(terms)
+            self._count(details.terms)
             for record in pretrainer.sampler.records():
                 if self.writer is not None:
                     self.writer.write("order", step, record)
             if step % training.log_every == 0 or last:
-                now = time.perf_counter()
+                now, numbers = time.perf_counter(), details.numbers()
                 numbers["samples_per_s"] = (step - logged) * training.batch_size / (now - since)
                 self._log(step, numbers)
                 since, logged = now, step
@@ -219,16 +220,7 @@ class Run:
         unlogged: list[Any] = [mine] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(unlogged, mine)
-        extra = {
-            "data": p.data.fingerprint(),
-            "skipped_steps": p.guard.skipped,
-            "skipped_in_a_row": p.guard.in_a_row,
-            "temperature": self.temperature,
-            "trained_s": self._elapsed(),
-            "unlogged": unlogged,  # what each rank has summed since the last record
-        }
-        if self.recipe.masking.heads.kind == "importance":
-            extra["head_importance"] = p.head_importance().tolist()
+        extra = state_of(p) | {"unlogged": unlogged}  # what each rank has summed since the last record
         # silent where it is quick, said where a person would begin to wonder
         slow = threading.Timer(SLOW_SAVE_S, self.display.status, [f"saving the checkpoint of step {step:,}"])
         slow.daemon = True
@@ -245,23 +237,8 @@ class Run:
         self.display.message(f"checkpoint {path.name} saved{f' in {seconds:.0f} s' if seconds > SLOW_SAVE_S else ''}")
 
     def _restore(self, state: CheckpointState) -> None:
-        p, extra = self.pretrainer, state.extra
-        unknown = sorted(STATE_KEYS - set(extra))
-        if unknown:
-            raise CheckpointError(
-                f"{self.run_dir}: its checkpoint was saved by another version of crossmask (no {unknown[0]}); "
-                "start the run again"
-            )
-        if extra["data"] != p.data.fingerprint():
-            raise CheckpointError(
-                f"{self.run_dir}: the training data are not those the run began with; restore them or start a new run"
-            )
-        p.next_step = state.step
-        p.guard.skipped, p.guard.in_a_row = int(extra["skipped_steps"]), int(extra["skipped_in_a_row"])
-        self.trained_s, self.temperature = float(extra["trained_s"]), float(extra["temperature"])
-        if "head_importance" in extra:
-            p.restore_head_importance(torch.tensor(extra["head_importance"]))
-        for name, (value, count) in _share_of(extra["unlogged"], self.rank, self.world_size).items():
+        restore_state(self.pretrainer, state, self.run_dir)
+        for name, (value, count) in _share_of(state.extra["unlogged"], self.rank, self.world_size).items():
             self.sums[name] = torch.tensor(value, dtype=torch.float64)
             self.counts[name] = int(count)
 
@@ -278,10 +255,9 @@ class Run:
             if self.world_size > 1:
                 dist.all_reduce(mean)
             numbers |= dict(zip(names, (mean / self.world_size).tolist(), strict=True))
-        self.temperature = numbers.get("temperature", self.temperature)
         self.sums, self.counts = {}, {}
         if self.writer is not None:
-            numbers |= {"time_s": self._elapsed(), "memory_mb": _memory_mb(self.pretrainer.device)}
+            numbers |= {"time_s": self.pretrainer.trained_s, "memory_mb": _memory_mb(self.pretrainer.device)}
             self.writer.train(step, **numbers)
             self.display.update(step, numbers)
             if not self.warned and (warning := nothing_hidden(numbers, self.recipe)) is not None:
@@ -289,7 +265,7 @@ class Run:
                 self.warned = True
 
     def _probe(self) -> None:
-        if not self.pretrainer.data.splits:
+        if not self.pretrainer.data.splits or self.recipe.model.system is not None:
             return
         beat("evaluation")
         with self.pretrainer.teacher.weights() as teacher:
@@ -301,26 +277,20 @@ class Run:
     def _snapshot(self) -> None:
         """Keep the masks of a few held-out pairs as they are now, for the report. Collective."""
         p = self.pretrainer
-        if not p.data.splits:
+        if not p.data.splits or self.recipe.model.system is not None:
             return
         beat("evaluation")
         with p.teacher.weights() as teacher:
             if self.first:
-                write_snapshot(self.run_dir, p.next_step, teacher, p.data, self._look, self.recipe, p.device)
+                write_snapshot(self.run_dir, p.next_step, teacher, p.data, p.look, self.recipe, p.device)
 
     def _evaluate(
         self, teacher: Any, full: bool, progress: Callable[[str], None] = lambda text: None
     ) -> dict[str, Any]:
         p = self.pretrainer
         return evaluate(
-            teacher, p.data, self._look, self.recipe, p.device, full, temperature=self.temperature, progress=progress
+            teacher, p.data, p.look, self.recipe, p.device, full, temperature=p.temperature, progress=progress
         )
-
-    def _look(self, model: Any, batch: Batch) -> tuple[Seen, MaskPlan]:
-        """A held-out batch as the masks of the run see it now."""
-        masks = self.pretrainer.masks
-        seen = masks.see(model, batch)
-        return seen, masks.plan(model, batch, seen, self.pretrainer.next_step)
 
     def _finish(self, stop: StopRequest) -> dict[str, Any] | None:
         """Export, final evaluation, masked pairs. Collective; None on every rank when asked to stop meanwhile."""
@@ -328,7 +298,7 @@ class Run:
         beat("final evaluation")
         tensors = p.teacher.state_dict()
         if self.first:
-            config = describe_export(self.recipe, "teacher", tensors, p.next_step)
+            config = describe_export(self.recipe, "teacher", tensors, p.next_step, tokenizer=p.data.tokenizer)
             save_exported(self.run_dir / "export", tensors, config, p.data.tokenizer, force=True)
         result: dict[str, Any] | None = {"splits": {}}
         with p.teacher.weights() as teacher:
@@ -346,7 +316,7 @@ class Run:
                 raise _Stopped
             self.display.status(f"evaluating: {text}")
 
-        p, minutes = self.pretrainer, self._elapsed() / 60
+        p, minutes = self.pretrainer, self.pretrainer.trained_s / 60
         measured: dict[str, Any] = {"splits": {}, "seed": self.recipe.seed}
         if p.data.splits:
             measured = self._evaluate(teacher, True, progress)
@@ -360,10 +330,10 @@ class Run:
             measured["seconds_by_part"] = {part: round(seconds, 3) for part, seconds in p.seconds.items()}
         with writing_to(self.run_dir):
             replace_file(self.run_dir / "evaluation.json", json.dumps(measured, indent=1))
-        if p.data.splits:
+        if p.data.splits and self.recipe.model.system is None:
             progress("drawing masked pairs")
-            write_gallery(self.run_dir, teacher, p.data, self._look, self.recipe, p.device)
-            write_reconstructions(self.run_dir, teacher, p.data, self._look, self.recipe, p.device)
+            write_gallery(self.run_dir, teacher, p.data, p.look, self.recipe, p.device)
+            write_reconstructions(self.run_dir, teacher, p.data, p.look, self.recipe, p.device)
             write_caption_gallery(self.run_dir, measured, p.data)
         write_composed_gallery(self.run_dir, measured, p.data)
         examples = p.sampler.examples(2)
@@ -371,9 +341,6 @@ class Run:
             progress("drawing batches")
             write_batches(self.run_dir, p.data, examples)
         return measured
-
-    def _elapsed(self) -> float:
-        return self.trained_s + time.perf_counter() - self.started
 
     def _status(self, state: str, reason: str = "") -> None:
         """Rank 0's word; of a failure the first rank's to meet one, as rank 0 may be waiting for it in vain."""

@@ -45,7 +45,7 @@ def check_recipe(saved: str, recipe: Recipe, checkpoint: str) -> list[str]:
     for name, old, new in differences(before, recipe):
         if _within(name, FREE):
             continue
-        change = f"{name} was {_text(old)} when {checkpoint} was saved and is {_text(new)} in the run's recipe.yaml"
+        change = f"{name} was {_text(old)} when {checkpoint} was saved and is {_text(new)} in the recipe now"
         if _within(name, ("masking",)) and _moved(old, new):
             remarks.append(f"{change}: the losses are those of an uninterrupted run if the file is the same")
             continue
@@ -65,7 +65,7 @@ def differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):  # an empty one has nothing to tell beside one that is not
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

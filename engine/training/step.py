@@ -25,6 +25,8 @@ from ..objectives import (
     recognise,
     text_guided_retrieval,
 )
+from ..objectives.itc import within_bounds
+from ..objectives.own import ObjectiveView, own_terms
 from ..recipe import ObjectivesSection, Recipe
 
 
@@ -159,7 +161,14 @@ def compute_losses(
             network_loss=masks.policy.network_loss if model.mask_network is not None else None,
         )
 
+    own_weights: dict[str, float] = {}
+    if section.own:
+        temperature, progress = within_bounds(student.temperature)[0], schedule.step / recipe.training.max_steps
+        own = ObjectiveView(model, batch, image, text, temperature, view, draws, schedule.step, progress)
+        found, own_weights = own_terms(section, own)
+        terms |= found
     weights = {
+        **own_weights,
         "itc": section.itc.weight,
         "itm": section.itm.weight,
         "mlm": section.mlm.weight,

@@ -127,8 +127,7 @@ class RunModel:
         """What the teacher or the student is, with the ids that the run's tokenizer has for [PAD] and [MASK]."""
         tensors = self.teacher if weights == "teacher" else self.student
         assert tensors is not None
-        ids = {"pad_id": self.tokenizer.pad_id, "mask_id": self.tokenizer.mask_id}
-        return describe_export(recipe, weights, tensors, step).model_copy(update=ids)
+        return describe_export(recipe, weights, tensors, step, tokenizer=self.tokenizer)
 
 
 def read_run(
@@ -157,7 +156,7 @@ def read_run(
         if problem := more_than_data(checkpoint / STUDENT):
             raise CheckpointError(f"{checkpoint}: {problem}; it was not opened")
         tell(f"putting the student together: ZeRO stage {state.zero_stage}, saved by {state.world_size} ranks")
-        student = whole_student(checkpoint / STUDENT, state.zero_stage, _trained(recipe, teacher))
+        student = whole_student(checkpoint / STUDENT, state.zero_stage, _trained(recipe, teacher, tokenizer))
     queue = _tensors(checkpoint / QUEUE) if QUEUE in read else None
     return recipe, state.step, RunModel(tokenizer, teacher, student, queue)
 
@@ -177,9 +176,11 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from None
 
 
-def _trained(recipe: Recipe, teacher: dict[str, Tensor]) -> list[list[str]]:
+def _trained(recipe: Recipe, teacher: dict[str, Tensor], tokenizer: CaptionTokenizer) -> list[list[str]]:
     """The names in each parameter group of the student's optimizer, in its order. The teacher tells the sizes."""
-    config = describe_export(recipe, "teacher", teacher, 0).model_copy(update={"weights": "student"})
+    config = describe_export(recipe, "teacher", teacher, 0, tokenizer=tokenizer).model_copy(
+        update={"weights": "student"}
+    )
     with torch.device("meta"):
         student = build_model(config)
     names = {id(parameter): name for name, parameter in student.named_parameters()}

@@ -1,4 +1,4 @@
-"""The families of models that a run can train: which student and teacher, and what a micro-step computes.
+"""Crossmask's own families of models: which student and teacher, and what a micro-step computes.
 
 ``fusion`` is ALBEF's and SyncMask's: two towers and a fusion encoder, with a momentum teacher whose features, masks and
 labels a step reads. ``captioner`` is SyCoCa's, whose teacher is followed for evaluation and export alone.
@@ -6,8 +6,6 @@ labels a step reads. ``captioner`` is SyCoCa's, whose teacher is followed for ev
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,58 +22,14 @@ from ..recipe import Recipe
 from ..teacher import FeatureQueue, Teacher, gather_features
 from .caption_step import compute_captioner_losses
 from .clock import Clock
+from .families import Family, MicroStep
 from .step import Schedule, compute_losses, fusion_rows
 
 
-@dataclass(frozen=True)
-class MicroStep:
-    """What a system's forward gives: the loss to run backwards, and what is left to do behind it."""
-
-    loss: Tensor
-    terms: Terms  # detached
-    image_feature: Tensor  # (B, E), detached: of this rank's pairs
-    text_feature: Tensor  # (B, E)
-    enqueue: tuple[Tensor, Tensor, Tensor] | None = None  # every rank's features and groups, for the queue
-    measures: Terms = field(default_factory=dict)  # terms that are no losses
-    keep: Any = None  # what has to live until the backward
-
-
-class System(ABC):
-    """One family. Everything it draws or decides depends on the recipe, the step and the batch alone."""
-
-    def __init__(self, recipe: Recipe, data: PairData, masks: RunMasks) -> None:
-        self.recipe, self.masks = recipe, masks
-        tokenizer = data.tokenizer
-        self.sizes = (tokenizer.vocabulary_size, data.max_tokens)
-        self.specials = {"pad_id": tokenizer.pad_id, "mask_id": tokenizer.mask_id}
-        self.classes = None if data.classes is None else data.classes.classes
-
-    @abstractmethod
-    def build_student(self) -> PretrainingModel | CaptioningStudent:
-        """Fresh, by the global random generator."""
-
-    @abstractmethod
-    def build_teacher(self) -> nn.Module:
-        """Of the student's part ``model``, with other weights."""
-
-    @abstractmethod
-    def forward(
-        self,
-        engine: Any,
-        teacher: Teacher,
-        queue: FeatureQueue,
-        batch: Batch,
-        schedule: Schedule,
-        heads: Tensor | None,
-        clock: Clock,
-    ) -> MicroStep:
-        """One micro-batch of this rank through teacher and student. Collective."""
-
-
-class FusionSystem(System):
+class FusionSystem(Family):
     """ALBEF (Li et al. 2021), SyncMask (Song et al. 2024) and what else has two towers and a fusion encoder."""
 
-    def build_student(self) -> PretrainingModel | CaptioningStudent:
+    def build_student(self) -> nn.Module:
         recipe = self.recipe
         return PretrainingModel(
             recipe.model,
@@ -122,10 +76,10 @@ class FusionSystem(System):
         return MicroStep(loss, terms, view.image_feature, view.text_feature, (image, text, group_id), measures, view)
 
 
-class CaptionerSystem(System):
+class CaptionerSystem(Family):
     """SyCoCa (Ma et al. 2024), and CoCa (Yu et al. 2022) by its recipe."""
 
-    def build_student(self) -> PretrainingModel | CaptioningStudent:
+    def build_student(self) -> nn.Module:
         return CaptioningStudent(self.recipe.model, self.recipe.objectives, *self.sizes, **self.specials)
 
     def build_teacher(self) -> nn.Module:
@@ -150,8 +104,13 @@ class CaptionerSystem(System):
         return MicroStep(found.loss, found.terms, found.image_feature, found.text_feature)
 
 
-def build_system(recipe: Recipe, data: PairData, masks: RunMasks) -> System:
-    """The family of a recipe: a captioner's where ``model.captioner`` is there."""
+def build_system(recipe: Recipe, data: PairData, masks: RunMasks) -> Family:
+    """The family of a recipe: another's where ``model.system`` names one, a captioner's where there is
+    ``model.captioner``."""
+    if recipe.model.system is not None:
+        from .own_system import OwnFamily
+
+        return OwnFamily(recipe, data, masks)
     kind = FusionSystem if recipe.model.captioner is None else CaptionerSystem
     return kind(recipe, data, masks)
 

@@ -40,6 +40,8 @@ class AttentionStatistics:
 
 @dataclass(frozen=True, eq=False)  # tensors have no one truth to compare by
 class CrossAttentionOutput:
+    """What :func:`cross_attention` returns."""
+
     output: Tensor  # (B, H, S, D), the dtype of q
     statistics: AttentionStatistics
 

@@ -19,6 +19,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)  # tensors have no one truth to compare by
 class MaxSimilarity:
+    """What :func:`max_similarity` returns where it is asked for the words, too."""
+
     score: Tensor  # (B, P) float32, float64 for float64
     argmax: Tensor  # (B, P) int64, the word that gave the score; -1 where no word is allowed
 

@@ -19,6 +19,8 @@ INITIAL_SHARPNESS = 8.0  # cosines of unrelated directions scatter by D ** -0.5,
 
 @dataclass(frozen=True, eq=False)  # tensors have no one truth to compare by
 class Attended:
+    """What :class:`CrossAttention` returns."""
+
     output: Tensor  # (B, S, query_dim)
     statistics: AttentionStatistics
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Collection, Iterable
-from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..integrations.layers import unwrap
+from ..integrations.names import select_layers, unwrap
 from .cross_attention import CrossAttention
 from .multihead import MultiheadAttention
 
@@ -47,28 +45,10 @@ def attention_modules(model: nn.Module, names: str | Collection[str]) -> dict[st
         can = ", ".join(f"{kind.__module__.split('.')[0]}'s {kind.__name__}" for kind in known)
         raise ValueError(f"{type(model).__name__} has no attention that can tell ({has}; those that can: {can})")
     found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    for pattern in (names,) if isinstance(names, str) else names:
-        matching = [name for name in able if any(fnmatchcase(part, pattern) for part in (name, *_parents(name)))]
-        if not matching:
-            raise ValueError(f"no attention module matches {pattern!r}: {_nearest(pattern, list(able))}")
-        for name in matching:
-            if id(able[name]) not in seen:
-                seen.add(id(able[name]))
-                found[name] = able[name]
-    if not found:
-        raise ValueError("layers is empty: name attention modules, or a pattern of names")
+    for name in select_layers(model, able, names):
+        if all(able[name] is not module for module in found.values()):
+            found[name] = able[name]
     return found
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
-
-
-def _nearest(pattern: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-    return f"the closest names are {', '.join(close)}" if close else f"there are {', '.join(names[:3])} ({len(names)})"
 
 
 def swap_attention(model: nn.Module, names: str | Collection[str] = "*") -> list[str]:

@@ -20,6 +20,8 @@ __all__ = ["SoftCrossEntropy", "implementation", "soft_cross_entropy"]
 
 @dataclass(frozen=True, eq=False)  # tensors have no one truth to compare by
 class SoftCrossEntropy:
+    """What :func:`soft_cross_entropy` returns where it is asked for the likeliest words, too."""
+
     loss: Tensor  # (N,) float32, float64 for float64; nats
     argmax: Tensor  # (N,) int64, the word with the largest logit; among equal ones the first
 

@@ -23,6 +23,8 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)  # tensors have no one truth to compare by
 class Selection:
+    """What :func:`topk_mask` returns where it is asked for indices, too."""
+
     mask: Tensor  # (B, N) bool
     indices: Tensor  # (B, K) int64 positions of the selected, ascending, then -1
     count: Tensor  # (B,) int64 selected

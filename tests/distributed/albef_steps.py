@@ -94,7 +94,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     first = queue.image.clone()
     terms: list[dict[str, float]] = []
     for _ in range(STEPS):
-        found, _ = pretrainer.step()
+        pretrainer.step()
+        assert pretrainer.last is not None
+        found = pretrainer.last.terms
         terms.append({name: value.item() for name, value in found.items()})
         equal.append(all(same_everywhere(ring) for ring in rings))
     left = queue.group_id == -1

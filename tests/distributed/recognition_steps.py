@@ -27,7 +27,9 @@ STEPS = 4
 def terms(pretrainer: Pretrainer, steps: int) -> list[dict[str, float]]:
     found = []
     for _ in range(steps):
-        seen, _ = pretrainer.step()
+        pretrainer.step()
+        assert pretrainer.last is not None
+        seen = pretrainer.last.terms
         mean = torch.stack([seen[name].double() for name in sorted(seen)])
         dist.all_reduce(mean)
         found.append(dict(zip(sorted(seen), (mean / dist.get_world_size()).tolist(), strict=True)))

@@ -40,7 +40,9 @@ def build(recipe: Recipe, resumed: bool = False) -> Pretrainer:
 def terms(pretrainer: Pretrainer, steps: int) -> list[dict[str, float]]:
     found = []
     for _ in range(steps):
-        seen, _ = pretrainer.step()
+        pretrainer.step()
+        assert pretrainer.last is not None
+        seen = pretrainer.last.terms
         mean = torch.stack([seen[name].double() for name in sorted(seen)])
         dist.all_reduce(mean)
         found.append(dict(zip(sorted(seen), (mean / dist.get_world_size()).tolist(), strict=True)))

@@ -180,7 +180,8 @@ class OurCoca:
         layout = recognise(weights, config, MODEL)
         autocast = ", torch_autocast: {enabled: true, dtype: bfloat16}" if bf16 else ""
         values = {
-            "data.source": "emoji",  # not read: batches are handed over
+            "data.source": "emoji",  # not read: batches are handed over,
+            "data.prefetch": 0,  # each when its step begins
             "objectives.itc.weight": CONTRAST_WEIGHT,
             "objectives.caption": f"{{weight: {CAPTION_WEIGHT}, low_patches: keep}}",
             "objectives.tg_mim.weight": 0.0,
@@ -209,5 +210,7 @@ class OurCoca:
 
     def __call__(self, batch: Captioned) -> dict[str, float]:
         self.data.batch = batch
-        terms, _ = self.pretrainer.step()
+        self.pretrainer.step()
+        assert self.pretrainer.last is not None
+        terms = self.pretrainer.last.terms
         return {"contrastive_loss": float(terms["itc"]), "caption_loss": float(terms["caption"])}
