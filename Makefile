@@ -6,12 +6,13 @@
 # make bench-compare  the last run against the record that docs/performance.md shows; fails on a regression beyond the noise
 # make bench-accept   the last run becomes that record, and docs/performance.md is written from it
 # make prove-gpu compile every GPU kernel for every architecture and predict times, no GPU needed, into benchmarks/static/
-# Settings: PYTHON=python3.12  ARGS="training.max_steps=20"  CROSSMASK_CUDA=0  CROSSMASK_CUDA_ARCHITECTURES="80;90"  OLD=a.json NEW=b.json
+# make docs     the documentation as a site, strictly, without the network: build/site/index.html
+# Settings: PYTHON=python3.12  WORKERS=4 (test processes)  ARGS="training.max_steps=20"  CROSSMASK_CUDA=0  CROSSMASK_CUDA_ARCHITECTURES="80;90"  OLD=a.json NEW=b.json
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: install train test bench bench-gpu bench-compare bench-on bench-accept prove-gpu prove lint links clean
+.PHONY: install train test bench bench-gpu bench-compare bench-on bench-accept prove-gpu prove docs lint links clean
 
 # the first Python that is not too old or too new
 PYTHON := $(or $(PYTHON),$(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -20,6 +21,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 ARGS ?=
+WORKERS ?= 2
 OLD ?= benchmarks/results/cpu.json
 NEW ?= benchmarks/results/latest-cpu.json
 
@@ -44,7 +46,7 @@ train: install
 	@$(BIN)/crossmask train recipes/syncmask-emoji.yaml $(ARGS)
 
 test: lint
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 # the timeout is of an item, which may measure a whole step; our own table says what pytest-benchmark's would
 bench:
@@ -71,6 +73,10 @@ prove-gpu: install
 	@$(BIN)/python benchmarks/prove_roofline.py $(ARGS)
 
 prove: prove-gpu
+
+docs: install links
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+	@echo "Written: build/site/index.html; with search: python3 -m http.server -d build/site"
 
 # mypy knows the code by its installed name, so it is shown the wings under that name; the paths it prints are the real ones
 lint: install links

@@ -18,7 +18,7 @@ PAGE = (ROOT / "docs/policies.md").read_text()
 
 @pytest.mark.parametrize("name", sorted(policies()))
 def test_every_policy_has_its_row_and_its_picture(name: str) -> None:
-    row = re.search(rf"^\| `{name}` \|.*$", PAGE, re.MULTILINE)
+    row = re.search(rf"^\| \[`{name}`\]\(../engine/masking/policies/{name}.py\) \|.*$", PAGE, re.MULTILINE)
     assert row, f"docs/policies.md has no row for {name}"
     path = f"images/policies/{name}.png"
     assert path in row[0]
@@ -27,7 +27,7 @@ def test_every_policy_has_its_row_and_its_picture(name: str) -> None:
 
 
 def test_no_row_is_of_a_policy_that_is_gone() -> None:
-    named = re.findall(r"^\| `(\w+)` \|.*images/policies", PAGE, re.MULTILINE)
+    named = re.findall(r"^\| \[`(\w+)`\]\S+ \|.*images/policies", PAGE, re.MULTILINE)
     assert set(named) == set(policies())
     pictures = {path.stem for path in (ROOT / "docs/images/policies").glob("*.png")}
     assert pictures == set(policies())
