@@ -32,7 +32,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 PROVISIONAL = {
     "crossmask.engine": {"ObjectiveView", "PairList", "Pretrainer", "Sizes", "StepDetails", "System"}
-    | {"register_objective", "register_source", "register_system", "train"},
+    | {"register_objective", "register_source", "register_system", "pretrain"},
     "crossmask.engine.data": {"PairList"},
     "crossmask.engine.teacher": {"LightningEma", "initialize_untouched"},
     "crossmask.kernels.integrations.transformers": {"use_crossmask"},

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .recipe_section import Section
     from .registry import register_objective, register_source, register_system
     from .teacher import EmaTeacher, Teacher
-    from .training.loop import train
+    from .training.loop import pretrain
     from .training.pretrainer import Pretrainer, StepDetails
 
 _homes = {
@@ -33,7 +33,7 @@ _homes = {
     ".recipe_section": ("Section",),
     ".registry": ("register_objective", "register_source", "register_system"),
     ".teacher": ("EmaTeacher", "Teacher"),
-    ".training.loop": ("train",),
+    ".training.loop": ("pretrain",),
     ".training.pretrainer": ("Pretrainer", "StepDetails"),
 }
 _home = {name: module for module, names in _homes.items() for name in names}
@@ -67,11 +67,11 @@ __all__ = [
     "load_recipe",
     "prepare_images",
     "prepare_texts",
+    "pretrain",
     "register_objective",
     "register_policy",
     "register_source",
     "register_system",
-    "train",
 ]
 
 

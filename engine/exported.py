@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .atomic import flush
 from .beats import beat
 from .data import CaptionTokenizer, Normalisation
-from .data.pictures import on_white, square
+from .data.pictures import on_white, square, upright
 from .errors import CheckpointError
 from .export_config import (
     CONFIG,
@@ -250,7 +250,7 @@ def teacher_of(config: ExportConfig) -> ExportConfig:
 
 def prepare_images(images: Sequence[Image.Image], config: ExportConfig) -> Tensor:
     """Pictures of any size and mode -> (B, 3, S, S) float32, as training saw held-out ones: whole, on white."""
-    pixels = [square(on_white(ImageOps.exif_transpose(image)), config.model.image.size) for image in images]
+    pixels = [square(on_white(upright(image)), config.model.image.size) for image in images]
     stacked = torch.from_numpy(np.stack([np.array(image) for image in pixels])).permute(0, 3, 1, 2)
     normalisation = Normalisation(three(config.image_mean), three(config.image_std))
     return normalisation.apply_(stacked.float() / 255).contiguous()

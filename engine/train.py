@@ -79,9 +79,9 @@ def train_rank(arguments: Sequence[str] | None = None) -> int:
     keep_tracebacks_in(run_dir)
     if world.rank == 0:
         remove_earlier(run_dir)
-    from .training.loop import train
+    from .training.loop import pretrain
 
-    code = int(train(recipe, run_dir, resume=bool(found.resume)))
+    code = int(pretrain(recipe, run_dir, resume=bool(found.resume)))
     watchdog.close()
     return code
 

@@ -14,9 +14,9 @@ from typing import Any
 import pair_sets
 import pyarrow as pa
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 
-from crossmask.engine.data import pair_layouts, shard_index
+from crossmask.engine.data import pair_layouts, pictures, shard_index
 from crossmask.engine.data.arrow_files import open_mapped
 from crossmask.engine.data.pair_files import read_pairs
 from crossmask.engine.data.pictures import read_picture
@@ -54,15 +54,38 @@ def test_files_of_other_formats_are_still_read(tmp_path: Path) -> None:
         assert read_picture(str(tmp_path / name)).getpixel((5, 5)) == (255, 0, 0)
 
 
-def test_whatever_pillow_raises_is_one_line() -> None:
+def test_damaged_metadata_do_not_hide_a_picture() -> None:
     notes = Image.Exif()
     notes[0x0112], notes[0x010E] = 6, "hello"
     file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=notes)
+    Image.new("RGB", (8, 16)).save(file, "JPEG", exif=notes)
     damaged = bytearray(file.getvalue())
     damaged[damaged.index(b"\x01\x0e\x00\x02") + 1] = 3  # the text is said to be a number, which Pillow cannot write
-    with pytest.raises(DataError, match=r"\Aa.csv line 2: cannot read image a.jpg: [^\n]+; replace it[^\n]*\Z"):
-        read_picture("a.jpg", "a.csv line 2", bytes(damaged))
+    assert read_picture("a.jpg", "a.csv line 2", bytes(damaged)).size == (16, 8)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_are_turned_as_pillow_turns_them(orientation: int) -> None:
+    notes = Image.Exif()
+    notes[0x0112] = orientation
+    file = io.BytesIO()
+    Image.effect_noise((12, 20), 80).save(file, "PNG", exif=notes)
+    with Image.open(file) as stored:
+        wanted = ImageOps.exif_transpose(stored).convert("RGB")
+    found = read_picture("a.png", contents=file.getvalue())
+    assert found.size == wanted.size
+    assert found.tobytes() == wanted.tobytes()
+
+
+def test_whatever_pillow_raises_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise struct.error("unpack requires\na buffer")
+
+    monkeypatch.setattr(pictures, "open_picture", broken)
+    with pytest.raises(
+        DataError, match=r"\Aa.csv line 2: cannot read image a.jpg: unpack requires; replace it[^\n]*\Z"
+    ):
+        read_picture("a.jpg", "a.csv line 2")
 
 
 # Texts ----------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import own_model
 import ranks
 
-from crossmask.engine import Pretrainer, Recipe, registry, train
+from crossmask.engine import Pretrainer, Recipe, pretrain, registry
 from crossmask.engine.errors import CheckpointError, UserError
 from crossmask.engine.export import export_run
 from crossmask.engine.exported import load_exported, prepare_texts
@@ -84,7 +85,7 @@ def test_the_loop_goes_on_from_what_a_users_loop_has_saved(run: Any, tmp_path: P
     _, whole, evaluation = run
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
-    assert train(changed(own_model.recipe(STEPS), log_every=1), folder, resume=True) == 0
+    assert pretrain(changed(own_model.recipe(STEPS), log_every=1), folder, resume=True) == 0
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = {r["step"]: r for r in records if r["kind"] == "train"}
     assert [logged[step]["loss"] for step in range(STOP + 1, STEPS + 1)] == whole[STOP:]
@@ -105,7 +106,7 @@ def test_a_folder_of_an_own_model_imports_nothing(run: Any, tmp_path: Path, monk
         with pytest.raises(CheckpointError, match="holds an export already"):
             pretrainer.export(folder)
     monkeypatch.delitem(registry.systems._parts, "vit_bert")
-    monkeypatch.delitem(sys.modules, "own_model")
+    monkeypatch.delitem(sys.modules, "own_model", raising=False)
     with pytest.raises(CheckpointError) as caught:
         load_exported(folder)
     with pytest.raises(CheckpointError, match="not registered here"):
@@ -146,7 +147,10 @@ def test_a_batch_that_was_not_taken_is_no_step() -> None:
 def test_a_process_group_is_ended_by_the_last_who_has_it_and_one_that_was_there_is_left() -> None:
     """In a process of its own: another test's training may have left this one a group."""
     code = "import test_library; test_library.begin_and_end_groups()"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    launchers = ("MASTER_", "RANK", "LOCAL_", "WORLD_", "CROSS_")  # what such a training leaves in the environment
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=Path(__file__).parent, env=alone, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
 
 

@@ -52,7 +52,7 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path: Path, monkeyp
         monkeypatch.setattr(loop, "Pretrainer", lambda *_, **__: pretrainer)
         monkeypatch.setattr(loop.Run, "go", lambda *_: pytest.fail("it began"))
         with pytest.raises(CheckpointError) as error:
-            loop.train(Recipe(), tmp_path, resume=True)
+            loop.pretrain(Recipe(), tmp_path, resume=True)
         assert str(error.value) == told
     finally:
         holder.kill()

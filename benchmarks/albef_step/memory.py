@@ -58,7 +58,8 @@ def tensors(device: str = "cpu") -> list[torch.Tensor]:
     found = [
         each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)
     ]  # none without memory
-    return [each for each in found if each.layout is torch.strided and each.device.type == device]
+    batched = torch._C._functorch.is_batchedtensor  # an earlier vmap's, of no memory of their own
+    return [x for x in found if not batched(x) and x.layout is torch.strided and x.device.type == device]
 
 
 def tracked_peak(step: Step, batch: Captioned) -> int:

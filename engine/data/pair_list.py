@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..beats import beat
 from ..errors import DataError
@@ -21,7 +21,7 @@ from .captions import CaptionTable, token_limit
 from .decoders import Decoders
 from .normalisation import NORMALISATIONS
 from .pair_groups import held_out
-from .pictures import Chances, augmented, lights, on_white, read_picture, square
+from .pictures import Chances, augmented, lights, on_white, read_picture, square, upright
 from .randomness import Draws
 from .tokenizer import CaptionTokenizer, open_tokenizer
 
@@ -223,7 +223,7 @@ def _opened(picture: Any, where: str) -> Image.Image:
     if isinstance(picture, (str, os.PathLike)):
         return read_picture(str(Path(picture)), where)
     if isinstance(picture, Image.Image):
-        return on_white(ImageOps.exif_transpose(picture))
+        return on_white(upright(picture))
     array = np.asarray(picture)
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
         return Image.fromarray(array)

@@ -21,6 +21,17 @@ _TRIES = 10  # crops that are drawn until one fits into the image
 # An oversized image is an error of ours (MAX_PIXELS), so Pillow's warning would only be a second, less useful line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+_ORIENTATION = 0x0112  # tag of Exif, as are these values of it
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
 
@@ -36,9 +47,8 @@ def read_picture(path: str, where: str | None = None, contents: bytes | None = N
                 named, remedy = (path, "leave it out") if where is None else (f"{where}: image {path}", "remove it")
                 raise DataError(f"{named} has {file.width} x {file.height} pixels, more than"
                                 f" {MAX_PIXELS >> 20} million; make it smaller or {remedy}")  # fmt: skip
-            ImageOps.exif_transpose(file, in_place=True)
             file.load()
-            return on_white(file)
+            return on_white(upright(file))
     except DataError:
         raise
     except Exception as error:  # what a damaged image makes Pillow raise is not foreseen: struct.error, say
@@ -63,6 +73,15 @@ def open_picture(path: str, contents: bytes | None = None) -> Image.Image:
         Image.init()  # so that all formats are there, those of plug-ins among them
         return Image.open(path, formats=[name for name in Image.ID if name not in _NESTED])
     return Image.open(io.BytesIO(contents), formats=STORED_FORMATS)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as the camera says. Pillow's own way writes all metadata anew, and fails where any of it is damaged."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # viewers show such an image as it lies
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def on_white(image: Image.Image) -> Image.Image:

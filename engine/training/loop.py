@@ -54,7 +54,7 @@ from .signals import StopRequest
 from .status import read_status, write_status
 
 
-def train(recipe: Recipe, run_dir: Path, resume: bool = False, data: PairData | None = None) -> int:
+def pretrain(recipe: Recipe, run_dir: Path, resume: bool = False, data: PairData | None = None) -> int:
     """Run ``recipe`` on this rank, in ``run_dir``, from its latest checkpoint with ``resume``. Collective.
 
     ``data``: default the recipe's. Returns the exit code: 0 when the run is finished, 130 when it was asked to stop and
