@@ -3,7 +3,7 @@
 # make test      install, lint, test
 # make bench     every op and whole steps against what one would use instead, a quarter of an hour: benchmarks/results/latest-cpu.json
 # make bench-gpu the same on a GPU: benchmarks/results/latest-cuda.json
-# make bench-compare  the last run against the record that docs/performance.md shows; fails on a regression beyond the noise
+# make bench-compare  the last run against the record of this kind of machine; fails on a regression beyond the noise
 # make bench-accept   the last run becomes that record, and docs/performance.md is written from it
 # make prove-gpu compile every GPU kernel for every architecture and predict times, no GPU needed, into benchmarks/static/
 # make docs     the documentation as a site, strictly, without the network: build/site/index.html
@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 ARGS ?=
 WORKERS ?= 2
-OLD ?= benchmarks/results/cpu.json
+OLD ?= benchmarks/results
 NEW ?= benchmarks/results/latest-cpu.json
 
 install: $(INSTALLED)

@@ -1,6 +1,7 @@
 """What decoding and augmenting cost, and how long a step waits for its data.
 
-    python benchmarks/bench_data.py [--images 300] [--rounds 5] [--workers 1 2] [--json result.json]
+    python benchmarks/bench_data.py [--images 300] [--rounds 5] [--workers 1 2] [--step 150] [--computed 250]
+                                    [--json result.json]
 
 Photographs of 500 x 375 pixels are made of the embedded drawings, enlarged, with blurred colours and noise over them,
 so that a JPEG of them has as many bytes, and costs as much to decode, as one of a camera. They are read as
@@ -8,9 +9,15 @@ so that a JPEG of them has as many bytes, and costs as much to decode, as one of
 PyTorch has one thread. Told are medians over the rounds and the quartiles. "CPU ms" is the processor's time for an
 image, which other programs on the machine hardly change; what is said of cores follows from it.
 
-"waits": a step in which the host has nothing to do for ``--step`` milliseconds, as beside a GPU, takes its batch from
-the prefetcher that a run has. "lock": how fast Python code runs in one thread while others decode, against alone: on an
-otherwise idle core the rest is what the interpreter's lock costs it.
+"processes": the same batches of the same files, made in the worker processes of torch's own DataLoader in place of
+threads, and the memory that each of them has for itself.
+
+"waits": a step takes its batch from the prefetcher that a run has. Once the step leaves the host idle for ``--step``
+milliseconds, as if a GPU had all to do; and once it is computed: transformer layers trained forward and backward by
+one thread for ``--computed`` milliseconds, thousands of operations that Python starts one by one, as it starts a GPU's.
+"held" is that same step with its batch in memory already, and "step ms" beside it what sharing the machine with the
+decoders costs. "lock": how fast Python code runs in one thread while others decode, against alone: on an otherwise idle
+core the rest is what the interpreter's lock costs it.
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import statistics
 import tarfile
 import tempfile
@@ -43,7 +51,7 @@ from crossmask.engine.recipe_files import load_recipe
 from crossmask.kernels.roofline import DEVICES
 
 SIZE, BATCH, QUALITY, SHARDS = (500, 375), 32, 90, 3
-AHEAD = (0, 1, 2)
+AHEAD, STEPS = (0, 1, 2), 12
 GPUS = 8  # of recipes/albef.yaml
 
 
@@ -133,33 +141,122 @@ def rates(layouts: dict[str, Path], workers: list[int], rounds: int) -> list[dic
     return rows
 
 
-def waits(data: PairData, workers: int, step: float, rounds: int, steps: int = 12) -> list[dict[str, Any]]:
-    """Milliseconds that a step waits for its batch, by steps ahead; the first step, which always waits, left out."""
-    sampler, waited = StepSampler(data.train_size, BATCH, 1, 0), {ahead: list[float]() for ahead in AHEAD}
-    whole: dict[int, list[float]] = {ahead: [] for ahead in AHEAD}
-    for _ in range(rounds):
-        for ahead in AHEAD:
-            batches = Prefetcher(data.train_batch, ahead, workers, torch.device("cpu"))
-            for at in range(steps):
-                begun = time.perf_counter()
+class Batches(torch.utils.data.Dataset[torch.Tensor]):
+    """What DataLoader's processes make: each opens the data for itself and makes whole batches in one thread."""
+
+    def __init__(self, path: Path, operations: int) -> None:
+        self.path, self.operations = path, operations
+        self.data: PairData | None = None
+
+    def __getitem__(self, wanted: tuple[int, int]) -> torch.Tensor:
+        if self.data is None:
+            torch.set_num_threads(1)
+            self.data = opened(self.path, 1, self.operations)
+        begin, epoch = wanted
+        return self.data.train_batch(np.arange(begin, begin + BATCH), epoch).images
+
+
+def processes(path: Path, count: int, workers: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Images a second from DataLoader's processes and from our threads, in turn, RandAugment on."""
+    wanted = [list[tuple[int, int]]() for _ in workers]  # read by the loaders when a round begins
+    loaders = [
+        torch.utils.data.DataLoader(
+            Batches(path, 2),
+            batch_size=None,
+            sampler=orders,  # type: ignore[arg-type]  # any iterable of what __getitem__ takes
+            num_workers=number,
+            multiprocessing_context="forkserver",
+            persistent_workers=True,
+        )
+        for number, orders in zip(workers, wanted, strict=True)
+    ]
+    threads = [opened(path, number, 2) for number in workers]
+    begins = range(0, count - BATCH + 1, BATCH)
+    found: dict[tuple[str, int], list[float]] = {(how, n): [] for how in ("threads", "processes") for n in workers}
+    for number in range(rounds + 1):
+        for at, each in enumerate(workers):
+            wanted[at][:] = [(begin, number) for begin in begins]
+            start = time.perf_counter()
+            for _ in loaders[at]:
+                pass
+            between = time.perf_counter()
+            for begin in begins:
+                threads[at].train_batch(np.arange(begin, begin + BATCH), number)
+            if number:
+                found["processes", each].append(between - start)
+                found["threads", each].append(time.perf_counter() - between)
+    own = statistics.median(own_memory(child.pid) for child in multiprocessing.active_children() if child.pid)
+    print(f"\n{'made in':<12}{'workers':>9}{'images/s':>10}{'quartiles':>16}")
+    rows = []
+    for (how, each), times in found.items():
+        low, middle, high = quartiles([len(begins) * BATCH / one for one in times])
+        print(f"{how:<12}{each:>9}{middle:>10.0f}{f'{low:.0f} .. {high:.0f}':>16}")
+        rows.append({"how": how, "workers": each, "images_per_s": [low, middle, high]})
+    print(f"each process holds {own / 1e6:.0f} MB that it shares with no other")
+    return [*rows, {"how": "processes", "own_bytes": own}]
+
+
+def own_memory(process: int) -> int:
+    """Bytes that no other process has in memory; Linux alone tells."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) * 1024
+
+
+class Trained:
+    """A step that one thread computes: transformer layers forward, backward and AdamW, until its time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(128, 4, 512, batch_first=True), 4)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.tokens = torch.randn(4, 64, 128)
+        self.times = 1
+        for _ in range(3):
+            begun = time.perf_counter()
+            self()
+            once = (time.perf_counter() - begun) / self.times
+        self.times = max(1, round(seconds / once))
+
+    def __call__(self) -> None:
+        for _ in range(self.times):
+            self.model(self.tokens).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def waits(data: PairData, workers: int, step: Callable[[], object], rounds: int, title: str) -> list[dict[str, Any]]:
+    """Milliseconds that a step waits for its batch, by steps ahead; the first step, which always waits, left out.
+
+    ``None`` ahead is a batch held in memory: the step and nothing beside it.
+    """
+    sampler = StepSampler(data.train_size, BATCH, 1, 0)
+    ways: tuple[int | None, ...] = (None, *AHEAD)
+    waited, whole = ({ahead: list[float]() for ahead in ways} for _ in range(2))
+    for number in range(rounds * len(ways)):
+        ahead = ways[number % len(ways)]
+        batches = Prefetcher(data.train_batch, ahead or 0, workers, torch.device("cpu"))
+        for at in range(STEPS):
+            begun = time.perf_counter()
+            if ahead is not None:
                 coming = [(sampler.ahead(later, 0), sampler.epoch(later)) for later in range(at, at + ahead + 1)]
                 batches.prepare([(indices, epoch) for indices, epoch in coming if indices is not None])
                 batches.take(sampler.indices(at, 0), sampler.epoch(at))
-                taken = time.perf_counter()
-                time.sleep(step)
-                if at:
-                    waited[ahead].append((taken - begun) * 1e3)
-                    whole[ahead].append((time.perf_counter() - begun) * 1e3)
-            batches.close()
-            sampler = StepSampler(data.train_size, BATCH, 1, 0)
-    print(f"\nwaits, {workers} workers, steps of {step * 1e3:.0f} ms")
-    print(f"{'ahead':>6}{'median ms':>11}{'quartiles':>16}{'step ms':>10}")
-    rows = []
-    for ahead, values in waited.items():
-        low, middle, high = quartiles(values)
-        length = statistics.median(whole[ahead])
-        print(f"{ahead:>6}{middle:>11.1f}{f'{low:.1f} .. {high:.1f}':>16}{length:>10.1f}")
-        rows.append({"ahead": ahead, "waits_ms": [low, middle, high], "step_ms": length})
+            taken = time.perf_counter()
+            step()
+            if at:
+                waited[ahead].append((taken - begun) * 1e3)
+                whole[ahead].append((time.perf_counter() - begun) * 1e3)
+        batches.close()
+        sampler = StepSampler(data.train_size, BATCH, 1, 0)
+    print(f"\nwaits, {workers} workers, {title}")
+    print(f"{'ahead':>6}{'median ms':>11}{'quartiles':>16}{'step ms':>10}{'quartiles':>18}{'of held':>9}")
+    rows, held = [], statistics.median(whole[None])
+    for ahead in ways:
+        (low, middle, high), (short, length, long) = quartiles(waited[ahead]), quartiles(whole[ahead])
+        name = "held" if ahead is None else str(ahead)
+        spreads = f"{low:.1f} .. {high:.1f}", f"{short:.1f} .. {long:.1f}"
+        print(f"{name:>6}{middle:>11.1f}{spreads[0]:>16}{length:>10.1f}{spreads[1]:>18}{length / held:>9.2f}")
+        rows.append({"ahead": name, "waits_ms": [low, middle, high], "step_ms": [short, length, long]})
     return rows
 
 
@@ -210,6 +307,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--step", type=float, default=150.0, help="milliseconds of a step in which the host is idle")
+    parser.add_argument("--computed", type=float, default=250.0, help="milliseconds of a step that one thread computes")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -221,8 +319,12 @@ def main() -> None:
         results["rates"] = rates(layouts, arguments.workers, arguments.rounds)
         most = max(arguments.workers)
         data = opened(layouts["files"], most, 2)
-        results["waits"] = waits(data, most, arguments.step / 1e3, arguments.rounds)
-        results["lock"] = lock(opened(layouts["files"], 1, 2), arguments.rounds)
+        results["processes"] = processes(layouts["files"], arguments.images, arguments.workers, arguments.rounds)
+        idle, computed = f"the host idle for {arguments.step:.0f} ms", f"computed for {arguments.computed:.0f} ms"
+        results["waits"] = waits(data, most, lambda: time.sleep(arguments.step / 1e3), arguments.rounds, idle)
+        one = opened(layouts["files"], 1, 2)
+        results["beside"] = waits(one, 1, Trained(arguments.computed / 1e3), arguments.rounds, computed)
+        results["lock"] = lock(one, arguments.rounds)
         print(f"\nlock: Python code keeps {results['lock']:.0%} of its speed beside a thread that decodes")
     results["cores"] = cores(1e3 / results["rates"][0]["cpu_ms"])
     if arguments.json:

@@ -1,6 +1,9 @@
 """Is this package slower than it was? Two files of results, row by row, with the noise of each ratio.
 
-    python benchmarks/compare.py OLD.json NEW.json [--noise-at-least 0.1] [--all]
+    python benchmarks/compare.py OLD NEW.json [--noise-at-least 0.1] [--all] [--any-machine]
+
+OLD is a file of results, or a folder of records, of which the one of NEW's machine is taken. Without --any-machine both
+have to be of one processor or GPU: what a change gains on one, it may not on another, peers included.
 
 Rows are matched by job and implementation. 1 is returned where a row of ours is slower beyond its noise, or was
 measured in OLD and has no time in NEW, unless NEW is a run of a part of the suite that left it out; 2 where a file
@@ -49,7 +52,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from suite.figures import duration
-from suite.results import Job, Results, ResultsError, Row, read
+from suite.results import Job, Results, ResultsError, Row, read, records
 
 HARDWARE = ("summary", "processor", "features", "cores", "threads", "gpus", "memory_gb", "system")
 ALPHA = 0.05  # of one false alarm in a whole comparison
@@ -288,20 +291,45 @@ def load(path: Path) -> Results:
     return results
 
 
+def of_machine(new: Results, folder: Path) -> tuple[Path, Results]:
+    """The record of the machine that ``new`` is of. Raises ResultsError where the folder has none."""
+    device = new.machine.get("device")
+    found = {path: load(path) for path in records(folder, str(device))}
+    for path, results in found.items():
+        if results.hardware == new.hardware:
+            return path, results
+    had = "; ".join(f"{path.name}: {told(results)}" for path, results in found.items()) or "none at all"
+    raise ResultsError(
+        f"{folder} has no record of this machine, {told(new)} ({had}): measure the older commit here as well, "
+        "keep its file, and give both: make bench-compare OLD=FILE NEW=FILE"
+    )
+
+
+def told(results: Results) -> str:
+    return ", ".join(show(each) for each in results.hardware)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("old", type=Path, metavar="OLD.json")
+    parse.add_argument("old", type=Path, metavar="OLD")
     parse.add_argument("new", type=Path, metavar="NEW.json")
     parse.add_argument("--noise-at-least", type=float, default=0.1, metavar="SHARE", help="the floor (default 0.1)")
+    parse.add_argument("--any-machine", action="store_true", help="judge files of two kinds of machine all the same")
     parse.add_argument("--all", action="store_true", help="peers, too")
     options = parse.parse_args(arguments)
     if not 0 < options.noise_at_least < 10:
         parse.error("--noise-at-least is a share above 0, such as 0.1")
     try:
-        old, new = load(options.old), load(options.new)
+        new = load(options.new)
+        path, old = of_machine(new, options.old) if options.old.is_dir() else (options.old, load(options.old))
         kinds = [results.machine.get("device") for results in (old, new)]
         if kinds[0] != kinds[1]:
-            raise ResultsError(f"{options.old} is of a {kinds[0]}, {options.new} of a {kinds[1]}: give two of one kind")
+            raise ResultsError(f"{path} is of a {kinds[0]}, {options.new} of a {kinds[1]}: give two of one kind")
+        if old.hardware != new.hardware and not options.any_machine:
+            raise ResultsError(
+                f"{path} is of {told(old)}; {options.new} of {told(new)}: measure both on one machine, or judge them "
+                "all the same with --any-machine"
+            )
     except ResultsError as error:
         print(error, file=sys.stderr)
         return 2
@@ -321,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if new.machine.get("partial"):  # what was not asked for is not lost
         left_out = [pair for pair in regressed if pair.new is None]
         regressed = [pair for pair in regressed if pair.new is not None]
-        console.print(f"{options.new} is of a part of the suite: {len(left_out)} rows of {options.old} are not in it")
+        console.print(f"{options.new} is of a part of the suite: {len(left_out)} rows of {path} are not in it")
     for pair in regressed:
         console.print(f"[bold red]Regressed[/]: {escape(reason(pair))}", soft_wrap=True)
     return int(bool(regressed))

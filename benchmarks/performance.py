@@ -4,23 +4,26 @@
     python benchmarks/performance.py --check          # writes nothing; 1 where a text is not what the record gives
     python benchmarks/performance.py --accept FILE    # what make bench wrote becomes its device's record; then as above
 
-The record is benchmarks/results/cpu.json, with cpu.csv beside it, and cuda.json once somebody measured a GPU. Pictures
-are not compared, since they are another file with another version of matplotlib.
+The record is benchmarks/results/cpu.json, with cpu.csv beside it, and cuda.json once somebody measured a GPU. One of
+another processor that it replaces is kept under that one's name and stands beside it, as ratios differ. Pictures are
+not compared, since they are another file with another version of matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import prove_roofline
 from suite.figures import table, times
-from suite.page import counts, groups, page, plural, slowest, span, step_ratios, title_of
+from suite.page import counts, fp32_products, groups, page, plural, slowest, span, step_ratios, title_of
 from suite.plots import draw
 from suite.results import Results, ResultsError, ratio, read, write
+from suite.results import records as files
 from suite.standing import standings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,17 +32,22 @@ DEVICES = ("cpu", "cuda")
 SHOWN_GPU, SHOWN_SHAPE = "h100", "ALBEF 30x257"
 
 
-def records(root: Path) -> dict[str, Results]:
-    """By device. Raises ResultsError where there is none, or one cannot be used."""
+def records(root: Path) -> tuple[dict[str, Results], dict[str, dict[str, Results]]]:
+    """By device, and by device and name those of other machines.
+
+    Raises ResultsError where there is none, or one cannot be used."""
     folder = root / "benchmarks/results"
-    found = {name: read(folder / f"{name}.json") for name in DEVICES if (folder / f"{name}.json").exists()}
-    if "cpu" not in found:
+    if not (folder / "cpu.json").exists():
         raise ResultsError(f"{folder / 'cpu.json'} is missing: make bench, then performance.py --accept its file")
-    return found
+    found = {device: {path.stem: read(path) for path in files(folder, device)} for device in DEVICES}
+    main = {device: named.pop(device) for device, named in found.items() if device in named}
+    return main, {device: found[device] for device in main}
 
 
 def accept(path: Path, root: Path) -> Path:
-    """Copies a file of results over the record of its device; returns where it is. A run of some ops is refused."""
+    """Copies a file of results over the record of its device; returns where it is. A run of some ops is refused.
+
+    A record of another machine that stood there is kept beside it, by that machine's name."""
     found = read(path)
     device = found.machine.get("device")
     if device not in DEVICES:
@@ -49,19 +57,30 @@ def accept(path: Path, root: Path) -> Path:
     if found.machine.get("partial"):
         raise ResultsError(f"{path} is of a part of the suite: measure all of it with `make bench`, without -k")
     record = root / f"benchmarks/results/{device}.json"
-    had = read(record).jobs if record.exists() else []
-    if lost := {job.op for job in had} - {job.op for job in found.jobs}:
+    had = read(record) if record.exists() else None
+    if had and (lost := {job.op for job in had.jobs} - {job.op for job in found.jobs}):
         told = ", ".join(sorted(lost))
         raise ResultsError(f"{path} has nothing of {told}, which {record} has: measure all of it, or delete that first")
+    if had and had.hardware != found.hardware:
+        write(had, record.with_name(f"{device}-{slug(had)}.json"))
     write(found, record)
+    for suffix in ("json", "csv"):  # an older one of this machine
+        record.with_name(f"{device}-{slug(found)}.{suffix}").unlink(missing_ok=True)
     return record
 
 
-def section(found: dict[str, Results], root: Path) -> str:
+def slug(results: Results) -> str:
+    """Of its machine, for a file's name."""
+    m = results.machine
+    name = " ".join(m.get("gpus") or ()) or f"{m.get('processor')} {m.get('threads')} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def section(found: dict[str, Results], others: dict[str, dict[str, Results]], root: Path) -> str:
     """What the README says between its markers."""
     lines: list[str] = []
     for device, results in found.items():
-        lines += [""] * bool(lines) + measured(device, results)
+        lines += [""] * bool(lines) + measured(device, results, others[device])
     if "cuda" not in found:
         lines += list(predicted(root))
     lines += ["", "Every op and peer, shares of the machine's ceilings, and what was left out and why:"]
@@ -70,7 +89,7 @@ def section(found: dict[str, Results], root: Path) -> str:
     return "\n".join(lines)
 
 
-def measured(device: str, results: Results) -> list[str]:
+def measured(device: str, results: Results, others: dict[str, Results]) -> list[str]:
     m = results.machine
     kind, command = ("GPU figures", "make bench-gpu") if device == "cuda" else ("CPU figures", "make bench")
     torch = (m.get("versions") or {}).get("torch", "unknown")
@@ -93,14 +112,26 @@ def measured(device: str, results: Results) -> list[str]:
         memory = f", in {ours.peak_bytes / peer.peak_bytes:.2f} of the memory" if both else ""
         speed = f"**{times(each.times)}** times the samples/s of {peer.implementation}"
         # the same step of ours with other products tells algorithm and library apart
-        others = [(row, share) for row in results.of(each.job) if row.ours and (share := ratio(peer, row))]
-        apart = "".join(f"; {row.implementation}: {times(share)}" for row, share in others if row is not ours)
+        mine = [(row, share) for row in results.of(each.job) if row.ours and (share := ratio(peer, row))]
+        apart = "".join(f"; {row.implementation}: {times(share)}" for row, share in mine if row is not ours)
         lines.append(f"* A step of {each.job.shape} ({each.job.size}), {each.job.dtype}: {speed}{memory}{apart}.")
     if (worst := slowest(results)) is not None:
         slower = sum(each.place == "slower" for each in found)
         most = f"{title_of(worst.job)}: {worst.peer.implementation} takes {times(worst.times)} of our time"
         lines.append(f"* Slower than the best peer in {slower} of {len(found)} jobs, most so in {most}.")
-    return lines
+    return lines + [elsewhere(each, results) for each in others.values()]
+
+
+def elsewhere(other: Results, results: Results) -> str:
+    """A line on another machine: ratios are of a machine."""
+    steps = [f"{each.job.shape}, {each.job.dtype}: {times(each.times)}" for each in step_ratios(other)]
+    found = standings(other)
+    slower = sum(each.place == "slower" for each in found)
+    rates = " to ".join(filter(None, map(fp32_products, (other, results))))
+    than = f", whose fp32 products compare as {rates}" if " to " in rates else ""
+    name, commit = other.machine.get("summary"), other.machine.get("commit") or "an unknown commit"
+    told = f"* Ratios are of that machine. On {name}{than}, at {commit}: slower in {slower} of {len(found)} jobs"
+    return f"{told}; {'; '.join(['a step of ' + '; '.join(steps)] if steps else [])}".rstrip("; ") + "."
 
 
 def predicted(root: Path) -> Iterator[str]:
@@ -132,9 +163,9 @@ def spliced(path: Path, text: str) -> str:
 
 def texts(root: Path) -> tuple[dict[Path, str], dict[str, Results]]:
     """Every file that is made from the record, and the record."""
-    found = records(root)
+    found, others = records(root)
     readme = root / "README.md"
-    made = {root / "docs/performance.md": page(found), readme: spliced(readme, section(found, root))}
+    made = {root / "docs/performance.md": page(found, others), readme: spliced(readme, section(found, others, root))}
     if "cuda" in found:  # the sheet of predictions says where the measurements are
         made[root / "benchmarks/static/roofline.md"] = prove_roofline.summary(prove_roofline.rows(), measured=True)
     return made, found

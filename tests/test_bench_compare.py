@@ -176,12 +176,39 @@ def test_the_command_names_what_regressed_and_keeps_the_order(
 def test_another_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = results(0, jobs=5)
     other = MACHINE | {"processor": "Xeon", "threads": 4, "versions": {"torch": "2.15", "timm": "1"}}
-    assert run(tmp_path, old, dataclasses.replace(old, machine=other)) == 0
+    assert run(tmp_path, old, dataclasses.replace(old, machine=other)) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert "old.json is of EPYC, None, 1; " in said.err
+    assert "new.json of Xeon, None, 4: measure both on one machine" in said.err
+    assert said.err.count("\n") == 1
+    assert run(tmp_path, old, dataclasses.replace(old, machine=other), "--any-machine") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "not the same machine: processor EPYC → Xeon; threads 1 → 4" in told
     assert "not the same versions: timm none → 1; torch 2.14 → 2.15" in told
     assert run(tmp_path, old, old) == 0
     assert "Warning" not in capsys.readouterr().out
+
+
+def test_the_record_of_this_machine_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, new = tmp_path / "records", tmp_path / "new.json"
+    here, there = results(0, jobs=5), results(1, jobs=5, slower={3: 2.0})
+    xeon = dataclasses.replace(there, machine=MACHINE | {"processor": "Xeon"})
+    write(xeon, folder / "cpu.json")
+    write(here, folder / "latest-cpu.json")  # which is no record
+    write(here, new)
+    assert compare.main([str(folder), str(new)]) == 2
+    said = capsys.readouterr()
+    assert (
+        "has no record of this machine, EPYC, None, 1 (cpu.json: Xeon, None, 1): measure the older commit" in said.err
+    )
+    assert said.err.count("\n") == 1
+    write(here, folder / "cpu-epyc.json")
+    assert compare.main([str(folder), str(new)]) == 0
+    (folder / "cpu.json").unlink()
+    (folder / "cpu-epyc.json").write_text("{")
+    assert compare.main([str(folder), str(new)]) == 2
+    assert "cpu-epyc.json" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_used_is_one_line_and_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,8 @@ def test_albef_by_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(albef, "BASE", tiny)
     monkeypatch.setattr(albef, "LONGEST", 10)
     monkeypatch.setattr(products, "applies", lambda: True)
+    assert list(albef.ROUNDS["cpu"]) == ["bf16"]
+    monkeypatch.setitem(albef.ROUNDS, "cpu", {"fp32": 2, "bf16": 2})  # as GPUs have both
     rows = measured(albef.AlbefBase(), replace(CPU, quick=False))
     assert list(rows) == [
         *(("fp32", name) for name in ("common way", "crossmask", turns.PYTORCHS)),

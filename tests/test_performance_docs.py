@@ -182,6 +182,30 @@ def test_a_file_becomes_the_record_of_its_device(root: Path, tmp_path: Path) -> 
     assert run(root, "--check") == 0
 
 
+def test_a_record_of_another_processor_is_kept_beside_the_new_one(root: Path, tmp_path: Path) -> None:
+    old, new = ({"processor": name, "summary": f"2 CPU cores ({name})"} for name in ("Old, family 1", "New"))
+    main, aside = (root / f"benchmarks/results/{name}.json" for name in ("cpu", "cpu-old-family-1-1-threads"))
+    for machine, processor in ((old, "Old, family 1"), (new, "New"), (new, "New")):
+        write(dataclasses.replace(record(), machine=MACHINE | machine), tmp_path / "latest.json")
+        assert run(root, "--accept", str(tmp_path / "latest.json")) == 0
+        assert performance.read(main).machine["processor"] == processor
+    assert performance.read(aside).machine["processor"] == "Old, family 1"
+    text, readme = (root / "docs/performance.md").read_text(), (root / "README.md").read_text()
+    assert "[cpu-old-family-1-1-threads.json](../benchmarks/results/cpu-old-family-1-1-threads.json): 2 CPU" in text
+    head = "|  | cpu | cpu-none-1-threads | cpu-old-family-1-1-threads |"
+    line = "| `cross_attention`, output, fp32 | 0.50 (0.50 – 0.50); 0 of 2 | 0.50 (0.50 – 0.50); 0 of 2 |"
+    assert head in text.splitlines()
+    assert line in text
+    other = "On 2 CPU cores (Old, family 1), whose fp32 products compare as 60.0 GFLOP/s to 60.0 GFLOP/s, at abc+:"
+    assert f"{other} slower in 2 of 6 jobs; a step of ALBEF-base, fp32: 1.50 (1.50 – 1.50)." in readme
+    write(dataclasses.replace(record(), machine=MACHINE | old), tmp_path / "latest.json")
+    assert run(root, "--accept", str(tmp_path / "latest.json")) == 0  # the other way round
+    assert not aside.exists()
+    assert not aside.with_suffix(".csv").exists()
+    assert performance.read(root / "benchmarks/results/cpu-new-1-threads.json").machine["processor"] == "New"
+    assert run(root, "--check") == 0
+
+
 def test_a_gpus_figures_stand_beside_their_predictions(root: Path, tmp_path: Path) -> None:
     found = record()
     told = tuple(dataclasses.replace(r, predicted_us=(1000.0, 1600.0)) if r.ours else r for r in found.rows)

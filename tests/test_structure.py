@@ -17,7 +17,7 @@ MODULES = sorted(path for wing in WINGS for path in (ROOT / wing).rglob("*.py"))
 # what a room may import lies in a line above its own; rooms in one line may import each other, but never in a circle
 LAYERS = (
     {"kernels"},
-    {"errors", "atomic", "failures", "beats", "plugins", "recipe", "recipe_fields"},
+    {"errors", "atomic", "failures", "beats", "plugins", "processor", "recipe", "recipe_fields"},
     {"masking", "teacher", "models", "data"},
     {"objectives", "evaluation", "recipe_files", "exported"},
     {"training", "mask_preview", "data_check", "model_evaluation", "caption_images", "export", "convert"},

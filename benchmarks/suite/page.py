@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from .figures import digits, duration, mebibytes, percent, table, times
 from .results import Job, Results, Row, ratio
@@ -26,8 +26,8 @@ SLOWER_SHOWN = 12
 REST = "everything else"  # of a step's parts
 
 
-def page(records: dict[str, Results]) -> str:
-    """``records``: by device, "cpu" and, once somebody measured one, "cuda"."""
+def page(records: dict[str, Results], others: Mapping[str, Mapping[str, Results]] | None = None) -> str:
+    """``records``: by device, "cpu" and, once somebody measured one, "cuda". ``others``: of other machines, by name."""
     names = ", ".join(f"[{name}.json](../benchmarks/results/{name}.json)" for name in records)
     lines = [
         "# How fast it is, against what one would use instead",
@@ -48,11 +48,11 @@ def page(records: dict[str, Results]) -> str:
         lines += ["**Every figure here is a CPU's. No GPU was measured**; what one needs at least, is predicted in"]
         lines += ["[roofline.md](roofline.md).", ""]
     for device, results in records.items():
-        lines += device_part(device, results)
+        lines += device_part(device, results, (others or {}).get(device) or {})
     return "\n".join(lines).rstrip() + "\n"
 
 
-def device_part(device: str, results: Results) -> list[str]:
+def device_part(device: str, results: Results, others: Mapping[str, Results]) -> list[str]:
     kind, suffix = ("GPU", "-cuda") if device == "cuda" else ("CPU", "")
 
     def picture(name: str, words: str) -> list[str]:
@@ -68,6 +68,7 @@ def device_part(device: str, results: Results) -> list[str]:
                 lines += picture("attention", "Cross-attention's time by shape, others' in ours")
             lines += op_tables(results, op)
     lines += predictions(results) + steps(results, kind, suffix) + scaling(results, kind)
+    lines += elsewhere(device, results, others, kind)
     return [
         *lines,
         f"## What has no time, and what to know about what has, {kind}",
@@ -96,6 +97,30 @@ def machine(results: Results) -> list[str]:
         head = ["ceiling of", "copying", "updating in place", *(f"matrix products, {name}" for name in c.gemm)]
         lines += ["", *table(head, [["this run", *cells]])]
     return [*lines, *([""] if lines[-1] else [])]
+
+
+def fp32_products(results: Results) -> str:
+    """The rate of large ones, which tells apart machines of one name; empty where it was not measured."""
+    rate = results.ceilings.gemm.get("fp32") if results.ceilings is not None else None
+    return f"{digits(rate / 1e9)} GFLOP/s" if rate else ""
+
+
+def elsewhere(device: str, results: Results, others: Mapping[str, Results], kind: str) -> list[str]:
+    """The same jobs on other machines, side by side."""
+    if not others:
+        return []
+    whole = {device: results, **others}
+    found = {name: groups(standings(each)) for name, each in whole.items()}
+    lines = [f"## The same on another machine, {kind}", ""]
+    lines += ["Ratios belong to a machine: libraries are better on some processors than on others. Best peer's time"]
+    lines += ["in ours, median (range), and in how many of the jobs ours is faster:", ""]
+    for name, each in others.items():
+        lines += [f"[{name}.json](../benchmarks/results/{name}.json): {machine(each)[0]}", ""]
+    body = [["fp32 products", *(fp32_products(each) or "–" for each in whole.values())]]
+    for label in dict.fromkeys(label for each in found.values() for label in each):
+        cells = (each.get(label) for each in found.values())
+        body.append([label, *(f"{span(of)}; {counts(of)[1]} of {len(of)}" if of else "–" for of in cells)])
+    return [*lines, *table(("", *whole), body)]
 
 
 def plural(count: int, noun: str) -> str:

@@ -109,6 +109,12 @@ class Results:
     def jobs(self) -> list[Job]:
         return list(dict.fromkeys(row.job for row in self.rows))
 
+    @property
+    def hardware(self) -> tuple[object, ...]:
+        """What has to be the same for two files to be comparable: what one processor gains, another may not."""
+        names = ("gpus",) if self.machine.get("device") == "cuda" else ("processor", "features", "threads")
+        return tuple(map(self.machine.get, names))
+
     def shares(self, row: Row) -> tuple[float | None, float | None]:
         """Of the ceilings: the job's bytes by the row's time, and its FLOPs. Above 1 where caches held the inputs."""
         if self.ceilings is None or not row.seconds:
@@ -228,3 +234,8 @@ def _check(row: Row) -> None:
         raise TypeError(f"{row.job.title}, {row.implementation}: {row.status} with {len(row.seconds)} times")
     if not all(isinstance(x, (int, float)) and 0 < x < math.inf for x in row.seconds):
         raise TypeError(f"{row.job.title}, {row.implementation}: a time that is none")
+
+
+def records(folder: Path, device: str) -> list[Path]:
+    """Files of the records of a device, ``cpu.json`` or ``cuda.json`` first, then those of other machines."""
+    return [path for path in (folder / f"{device}.json", *sorted(folder.glob(f"{device}-*.json"))) if path.exists()]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..processor import processor_name
 from .finding import GIB, Finding, size
 
 BF16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16", "arm_bf16": "Arm BF16"}
@@ -51,7 +51,7 @@ def look(gpus: int = 0) -> HostFacts:
     used = shutil.disk_usage(shm) if shm.is_dir() else None
     onednn = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return HostFacts(
-        processor=_processor(),
+        processor=processor_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         machine_cores=os.cpu_count() or 1,
         quota=quota(CGROUP),
@@ -69,12 +69,6 @@ def look(gpus: int = 0) -> HostFacts:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE),
         gpus=gpus,
     )
-
-
-def _processor() -> str:
-    lines = (_text(Path("/proc/cpuinfo")) or "").splitlines()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def quota(groups: Path) -> float | None:

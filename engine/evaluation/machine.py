@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..processor import processor_name
 
 PACKAGES = ("crossmask", "torch", "deepspeed", "timm", "transformers", "numpy")
 
@@ -19,7 +20,7 @@ def describe_machine(ranks: int = 1) -> dict[str, Any]:
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
-    processor = _processor()
+    processor = processor_name()
     cpu = f"{cores} CPU core{'s' if cores != 1 else ''} ({processor})"
     same = len(set(gpus)) == 1
     summary = f"{len(gpus)} x {gpus[0]}" if same else ", ".join(gpus) or cpu
@@ -33,16 +34,6 @@ def describe_machine(ranks: int = 1) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := _version(p))}},
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _memory_gb() -> float | None:

@@ -2,7 +2,8 @@
 
 ViT-B/16 at 256 pixels, BERT-base cut in two, a full queue of 65,536, dropout on, batch 8 whose longest caption has 25
 tokens, random weights. ``turns.variants`` says what else of ours is measured. That both compute the same losses and
-gradients is a test (``tests/test_bench_albef.py``) and not done here.
+gradients is a test (``tests/test_bench_albef.py``) and not done here. On a CPU autocast alone: a round of float32 takes
+40 seconds on two cores of a Zen 4, and ``bench_albef_step.py`` measures that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .trace import labelled, part
 from .turns import OURS, Built, Side, in_turns, of_pytorchs_products, variants
 
 LONGEST = 25  # tokens
-ROUNDS = {"fp32": 2, "bf16": 2}  # a round of float32 takes half a minute on two cores
+ROUNDS = {"cpu": {"bf16": 3}, "cuda": {"fp32": 3, "bf16": 3}}  # by device and precision
 COMMON = "common way"
 
 
@@ -29,14 +30,14 @@ class AlbefBase:
     def planned(self, options: Options) -> list[Planned]:
         return [
             Planned(job(dtype), name, name != COMMON, BASE.batch)
-            for dtype in ROUNDS
+            for dtype in ROUNDS[options.device]
             for name in (COMMON, OURS, *variants(options.device, dtype))
         ]
 
     def measure(self, options: Options) -> Iterator[Row]:
         device = torch.device(options.device)
         first: Side | None = None  # of the common way: both precisions move the same weights
-        for dtype, most in ROUNDS.items():
+        for dtype, most in ROUNDS[options.device].items():
             rounds = min(options.rounds, 1 if options.quick else most)
             theirs, mine, *more = (each for each in self.planned(options) if each.job.dtype == dtype)
             sides = [common(theirs, device, first), ours(mine)]
