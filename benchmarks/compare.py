@@ -31,7 +31,9 @@ With three peers or more, one that got faster by itself moves nothing. The varia
 
 Slower is a change above the floor, log(1 + noise-at-least), *and* above t √v, where t is Student's quantile at
 1 - 0.05 / (rows of ours): by Bonferroni, all rows together give a false alarm in at most one comparison of twenty, if
-rounds are as they are said to be. It has n_OLD + n_NEW degrees of freedom (Abramowitz and Stegun, 26.7.5).
+rounds are as they are said to be. It has n_OLD + n_NEW + 10 degrees of freedom, those of the
+mixed-in spread besides the rounds' own (Smyth 2004, https://doi.org/10.2202/1544-6115.1027; the quantile by Abramowitz
+and Stegun, 26.7.5).
 
 A row whose job has no peer with times in both files is compared by its times as they are. Its floor is three times as
 high, and its τ is the spread of the peers' own new/old: what the machine itself changed by.
@@ -144,7 +146,7 @@ def compare(old: Results, new: Results, at_least: float = 0.1) -> list[Pair]:
             found.append(Pair(before.get(k), after.get(k)))
             continue
         deviation = math.sqrt(c.variance(usual) + (shared if c.peers else raw) ** 2)
-        noise = student(1 - ALPHA / max(len(ours), 1), sum(c.rounds)) * deviation
+        noise = student(1 - ALPHA / max(len(ours), 1), sum(c.rounds) + 2 * PRIOR_ROUNDS) * deviation
         limit = floor if c.peers else math.log1p(WITHOUT_PEERS * at_least)
         found.append(Pair(before[k], after[k], c.value, noise, limit, c.peers))
     return found
