@@ -80,6 +80,22 @@ def test_nothing_leaks_between_splits(data: EmojiPairs) -> None:
     assert {art.styles.index(s) for s in ("fluent", "fluentflat")} <= set(art.style[data.train])
 
 
+def test_drawings_that_nothing_tells_apart_are_as_few_as_the_readme_says(data: EmojiPairs) -> None:
+    """Pixel for pixel the same under two captions, within a split or as one that was trained on."""
+    art, rows = data.art, {name: split.drawings for name, split in data.splits.items()}
+    rows["train"] = data.train
+    captions: dict[str, dict[bytes, set[int]]] = {name: {} for name in rows}
+    for name, of in rows.items():
+        for row in of:
+            captions[name].setdefault(art.rgba[row].numpy().tobytes(), set()).add(int(art.caption[row]))
+    known, found = captions["train"], {}
+    for name, of in rows.items():
+        drawn = [(art.rgba[row].numpy().tobytes(), int(art.caption[row])) for row in of]
+        inside = sum(len(captions[name][pixels]) > 1 for pixels, _ in drawn)
+        found[name] = inside, sum(bool(known.get(pixels, set()) - {caption}) for pixels, caption in drawn)
+    assert found == {"a": (34, 0), "b": (0, 9), "c": (2, 0), "train": (75, 75)}
+
+
 def test_vocabulary_comes_from_training_captions_only(data: EmojiPairs) -> None:
     seen = {
         w
