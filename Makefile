@@ -4,7 +4,7 @@
 # make bench     every op and whole steps against what one would use instead, a quarter of an hour: benchmarks/results/latest-cpu.json
 # make bench-gpu the same on a GPU: benchmarks/results/latest-cuda.json
 # make bench-compare  the last run against the record of this kind of machine; fails on a regression beyond the noise
-# make bench-accept   the last run becomes that record, and docs/performance.md is written from it
+# make bench-accept   the last run becomes the record that docs/performance.md shows, one of another machine stays beside it
 # make prove-gpu compile every GPU kernel for every architecture and predict times, no GPU needed, into benchmarks/static/
 # make docs     the documentation as a site, strictly, without the network: build/site/index.html
 # Settings: PYTHON=python3.12  WORKERS=4 (test processes)  ARGS="training.max_steps=20"  CROSSMASK_CUDA=0  CROSSMASK_CUDA_ARCHITECTURES="80;90"  OLD=a.json NEW=b.json

@@ -1,6 +1,6 @@
 """What decoding and augmenting cost, and how long a step waits for its data.
 
-    python benchmarks/bench_data.py [--images 300] [--rounds 5] [--workers 1 2] [--step 150] [--computed 250]
+    python benchmarks/bench_data.py [--images 320] [--rounds 5] [--workers 1 2] [--step 150] [--computed 250]
                                     [--json result.json]
 
 Photographs of 500 x 375 pixels are made of the embedded drawings, enlarged, with blurred colours and noise over them,
@@ -10,7 +10,8 @@ PyTorch has one thread. Told are medians over the rounds and the quartiles. "CPU
 image, which other programs on the machine hardly change; what is said of cores follows from it.
 
 "processes": the same batches of the same files, made in the worker processes of torch's own DataLoader in place of
-threads, and the memory that each of them has for itself.
+threads, and the memory that each of them has for itself. They are started by a fork server, as a process that has
+threads must not fork; each imports what it needs.
 
 "waits": a step takes its batch from the prefetcher that a run has. Once the step leaves the host idle for ``--step``
 milliseconds, as if a GPU had all to do; and once it is computed: transformer layers trained forward and backward by
@@ -303,7 +304,7 @@ def cores(images_per_s: float) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--images", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--step", type=float, default=150.0, help="milliseconds of a step in which the host is idle")

@@ -3,7 +3,7 @@
     make bench                           # on the CPU, a quarter of an hour on two cores
     make bench-gpu                       # on a GPU
     make bench ARGS="-k topk_mask"       # some of it: any option of pytest's and pytest-benchmark's
-    make bench-compare                   # the last run against the figures that docs/performance.md shows
+    make bench-compare                   # the last run against the record of this kind of machine
 
 An item is one implementation's way of doing one job, and its statistics are pytest-benchmark's. What is measured is the
 job: its implementations are each held to a float64 reference (suite/problem.py), then take turns in this process

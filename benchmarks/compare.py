@@ -2,8 +2,9 @@
 
     python benchmarks/compare.py OLD NEW.json [--noise-at-least 0.1] [--all] [--any-machine]
 
-OLD is a file of results, or a folder of records, of which the one of NEW's machine is taken. Without --any-machine both
-have to be of one processor or GPU: what a change gains on one, it may not on another, peers included.
+OLD is a file of results, or a folder of records, of which the one of NEW's machine is taken. Both have to be of one
+processor or GPU: what a change gains on one, it may not on another, peers included. --any-machine judges all the same,
+of a folder the record of NEW's device that is shown.
 
 Rows are matched by job and implementation. 1 is returned where a row of ours is slower beyond its noise, or was
 measured in OLD and has no time in NEW, unless NEW is a run of a part of the suite that left it out; 2 where a file
@@ -31,9 +32,9 @@ With three peers or more, one that got faster by itself moves nothing. The varia
 
 Slower is a change above the floor, log(1 + noise-at-least), *and* above t √v, where t is Student's quantile at
 1 - 0.05 / (rows of ours): by Bonferroni, all rows together give a false alarm in at most one comparison of twenty, if
-rounds are as they are said to be. It has n_OLD + n_NEW + 10 degrees of freedom, those of the
-mixed-in spread besides the rounds' own (Smyth 2004, https://doi.org/10.2202/1544-6115.1027; the quantile by Abramowitz
-and Stegun, 26.7.5).
+rounds are as they are said to be. It has n_OLD + n_NEW degrees of freedom, and 5 more for
+each file whose rounds tell s, for the usual spread that is mixed in, after Smyth 2004 (10.2202/1544-6115.1027) though
+with a prior that is fixed; the quantile is Abramowitz and Stegun's 26.7.5.
 
 A row whose job has no peer with times in both files is compared by its times as they are. Its floor is three times as
 high, and its τ is the spread of the peers' own new/old: what the machine itself changed by.
@@ -116,6 +117,11 @@ class Change:
     rounds: tuple[int, int]
     peers: int
 
+    @property
+    def freedom(self) -> int:
+        """Of Student's t: the rounds, and of a spread that they tell the usual one's that is mixed in."""
+        return sum(n + PRIOR_ROUNDS * (s is not None) for n, s in zip(self.rounds, self.spreads, strict=True))
+
     def variance(self, usual: tuple[float, float]) -> float:
         found = 0.0
         for s, n, other in zip(self.spreads, self.rounds, usual, strict=True):
@@ -146,7 +152,7 @@ def compare(old: Results, new: Results, at_least: float = 0.1) -> list[Pair]:
             found.append(Pair(before.get(k), after.get(k)))
             continue
         deviation = math.sqrt(c.variance(usual) + (shared if c.peers else raw) ** 2)
-        noise = student(1 - ALPHA / max(len(ours), 1), sum(c.rounds) + 2 * PRIOR_ROUNDS) * deviation
+        noise = student(1 - ALPHA / max(len(ours), 1), c.freedom) * deviation
         limit = floor if c.peers else math.log1p(WITHOUT_PEERS * at_least)
         found.append(Pair(before[k], after[k], c.value, noise, limit, c.peers))
     return found
@@ -293,22 +299,20 @@ def load(path: Path) -> Results:
     return results
 
 
-def of_machine(new: Results, folder: Path) -> tuple[Path, Results]:
+def of_machine(new: Results, folder: Path, any_machine: bool) -> tuple[Path, Results]:
     """The record of the machine that ``new`` is of. Raises ResultsError where the folder has none."""
-    device = new.machine.get("device")
-    found = {path: load(path) for path in records(folder, str(device))}
-    for path, results in found.items():
-        if results.hardware == new.hardware:
+    paths = records(folder, str(new.machine.get("device") or "cpu"))
+    had = []
+    for path in paths:
+        results = load(path)
+        if any_machine or (results.hardware and results.hardware == new.hardware):
             return path, results
-    had = "; ".join(f"{path.name}: {told(results)}" for path, results in found.items()) or "none at all"
+        had.append(f"{path.name}: {results.hardware or 'not said'}")
     raise ResultsError(
-        f"{folder} has no record of this machine, {told(new)} ({had}): measure the older commit here as well, "
-        "keep its file, and give both: make bench-compare OLD=FILE NEW=FILE"
+        f"{folder} has no record of this machine, {new.hardware or 'which its file does not say'} "
+        f"({'; '.join(had) or 'none at all'}): measure the older commit here as well, keep its file elsewhere, and "
+        "give both: make bench-compare OLD=FILE NEW=FILE"
     )
-
-
-def told(results: Results) -> str:
-    return ", ".join(show(each) for each in results.hardware)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -323,14 +327,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parse.error("--noise-at-least is a share above 0, such as 0.1")
     try:
         new = load(options.new)
-        path, old = of_machine(new, options.old) if options.old.is_dir() else (options.old, load(options.old))
+        path, old = (
+            of_machine(new, options.old, options.any_machine)
+            if options.old.is_dir()
+            else (options.old, load(options.old))
+        )
         kinds = [results.machine.get("device") for results in (old, new)]
         if kinds[0] != kinds[1]:
             raise ResultsError(f"{path} is of a {kinds[0]}, {options.new} of a {kinds[1]}: give two of one kind")
-        if old.hardware != new.hardware and not options.any_machine:
+        if not (old.hardware and old.hardware == new.hardware) and not options.any_machine:
             raise ResultsError(
-                f"{path} is of {told(old)}; {options.new} of {told(new)}: measure both on one machine, or judge them "
-                "all the same with --any-machine"
+                f"{path} is of {old.hardware or 'an unknown machine'}; {options.new} of "
+                f"{new.hardware or 'an unknown machine'}: measure both on one machine, or judge them all the same with "
+                "--any-machine"
             )
     except ResultsError as error:
         print(error, file=sys.stderr)

@@ -41,7 +41,9 @@ def records(root: Path) -> tuple[dict[str, Results], dict[str, dict[str, Results
         raise ResultsError(f"{folder / 'cpu.json'} is missing: make bench, then performance.py --accept its file")
     found = {device: {path.stem: read(path) for path in files(folder, device)} for device in DEVICES}
     main = {device: named.pop(device) for device, named in found.items() if device in named}
-    return main, {device: found[device] for device in main}
+    # a file that somebody keeps there under another name is no record
+    others = {d: {name: each for name, each in found[d].items() if name == slug(each)} for d in main}
+    return main, others
 
 
 def accept(path: Path, root: Path) -> Path:
@@ -61,19 +63,21 @@ def accept(path: Path, root: Path) -> Path:
     if had and (lost := {job.op for job in had.jobs} - {job.op for job in found.jobs}):
         told = ", ".join(sorted(lost))
         raise ResultsError(f"{path} has nothing of {told}, which {record} has: measure all of it, or delete that first")
-    if had and had.hardware != found.hardware:
-        write(had, record.with_name(f"{device}-{slug(had)}.json"))
+    for path in files(record.parent, device):
+        read(path)  # before anything changes: what is damaged could not be shown
+    if had and slug(had) != slug(found):
+        write(had, record.with_name(f"{slug(had)}.json"))
     write(found, record)
-    for suffix in ("json", "csv"):  # an older one of this machine
-        record.with_name(f"{device}-{slug(found)}.{suffix}").unlink(missing_ok=True)
+    if (older := record.with_name(f"{slug(found)}.json")) != record:  # of this machine
+        for path in (older, older.with_suffix(".csv")):
+            path.unlink(missing_ok=True)
     return record
 
 
 def slug(results: Results) -> str:
-    """Of its machine, for a file's name."""
-    m = results.machine
-    name = " ".join(m.get("gpus") or ()) or f"{m.get('processor')} {m.get('threads')} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    """The name, without its ending, of a record that another machine's stands before; the device's alone where its file
+    does not say the machine."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{results.machine.get('device')} {results.hardware}".lower()).strip("-")
 
 
 def section(found: dict[str, Results], others: dict[str, dict[str, Results]], root: Path) -> str:
@@ -127,11 +131,11 @@ def elsewhere(other: Results, results: Results) -> str:
     steps = [f"{each.job.shape}, {each.job.dtype}: {times(each.times)}" for each in step_ratios(other)]
     found = standings(other)
     slower = sum(each.place == "slower" for each in found)
-    rates = " to ".join(filter(None, map(fp32_products, (other, results))))
-    than = f", whose fp32 products compare as {rates}" if " to " in rates else ""
-    name, commit = other.machine.get("summary"), other.machine.get("commit") or "an unknown commit"
-    told = f"* Ratios are of that machine. On {name}{than}, at {commit}: slower in {slower} of {len(found)} jobs"
-    return f"{told}; {'; '.join(['a step of ' + '; '.join(steps)] if steps else [])}".rstrip("; ") + "."
+    rates = [fp32_products(each) for each in (other, results)]
+    than = f", {rates[0]} in fp32 where the one above has {rates[1]}" if all(rates) else ""
+    commit = other.machine.get("commit") or "an unknown commit"
+    told = f"* On another machine, {other.hardware}{than}, at {commit}: ours slower in {slower} of {len(found)} jobs"
+    return f"{told}{'; a step of ' * bool(steps)}{'; of '.join(steps)}."
 
 
 def predicted(root: Path) -> Iterator[str]:

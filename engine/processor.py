@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def processor_name() -> str:
-    """Its name, and on x86 its family and model: virtual machines have one name for generations that differ twofold."""
+    """Its name, and its family and model or what ARM has for them: virtual machines have one name for generations that
+    differ twofold."""
     try:
         told = named_in(Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -16,7 +17,7 @@ def processor_name() -> str:
 
 
 def named_in(cpuinfo: str) -> str:
-    """Of the first core in the text of Linux's ``/proc/cpuinfo``; empty where that has no name, as on most ARM.
+    """Of the first core in the text of Linux's ``/proc/cpuinfo``; empty where that says nothing.
 
     >>> named_in("model name : AMD EPYC\\ncpu family : 25\\nmodel : 17\\n")
     'AMD EPYC, family 25 model 17'
@@ -24,4 +25,9 @@ def named_in(cpuinfo: str) -> str:
     first = cpuinfo.strip().partition("\n\n")[0]
     told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
     name, family, model = (told.get(key, "") for key in ("model name", "cpu family", "model"))
-    return f"{name}, family {family} model {model}" if name and family and model else name
+    if name and family and model:
+        return f"{name}, family {family} model {model}"
+    maker, part, variant = (told.get(f"CPU {key}", "") for key in ("implementer", "part", "variant"))
+    if maker and part:
+        return f"{name or 'ARM'}, implementer {maker} part {part}{variant and f' variant {variant}'}"
+    return name

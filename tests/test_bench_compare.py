@@ -179,8 +179,8 @@ def test_another_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run(tmp_path, old, dataclasses.replace(old, machine=other)) == 2
     said = capsys.readouterr()
     assert not said.out
-    assert "old.json is of EPYC, None, 1; " in said.err
-    assert "new.json of Xeon, None, 4: measure both on one machine" in said.err
+    assert "old.json is of EPYC, 1 thread; " in said.err
+    assert "new.json of Xeon, 4 threads: measure both on one machine" in said.err
     assert said.err.count("\n") == 1
     assert run(tmp_path, old, dataclasses.replace(old, machine=other), "--any-machine") == 0
     told = " ".join(capsys.readouterr().out.split())
@@ -191,7 +191,7 @@ def test_another_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_record_of_this_machine_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, new = tmp_path / "records", tmp_path / "new.json"
+    folder, new = tmp_path / "records", tmp_path / "latest.json"
     here, there = results(0, jobs=5), results(1, jobs=5, slower={3: 2.0})
     xeon = dataclasses.replace(there, machine=MACHINE | {"processor": "Xeon"})
     write(xeon, folder / "cpu.json")
@@ -199,10 +199,18 @@ def test_the_record_of_this_machine_is_found(tmp_path: Path, capsys: pytest.Capt
     write(here, new)
     assert compare.main([str(folder), str(new)]) == 2
     said = capsys.readouterr()
-    assert (
-        "has no record of this machine, EPYC, None, 1 (cpu.json: Xeon, None, 1): measure the older commit" in said.err
-    )
+    assert "has no record of this machine, EPYC, 1 thread (cpu.json: Xeon, 1 thread): measure the older" in said.err
     assert said.err.count("\n") == 1
+    assert compare.main([str(folder), str(new), "--any-machine"]) == 0
+    assert "processor Xeon → EPYC" in capsys.readouterr().out
+    nameless = dataclasses.replace(here, machine={"device": "cpu"})
+    assert run(tmp_path, nameless, nameless) == 2
+    assert "is of an unknown machine" in capsys.readouterr().err
+    gpus = [MACHINE | {"device": "cuda", "gpus": ["H100"] * count} for count in (8, 8, 4)]
+    eight, again, four = (dataclasses.replace(here, machine=machine) for machine in gpus)
+    assert run(tmp_path, eight, again) == 0
+    assert run(tmp_path, eight, four) == 2
+    assert "old.json is of 8 x H100; " in capsys.readouterr().err
     write(here, folder / "cpu-epyc.json")
     assert compare.main([str(folder), str(new)]) == 0
     (folder / "cpu.json").unlink()
@@ -248,6 +256,16 @@ def test_a_file_that_cannot_be_used_is_one_line_and_2(tmp_path: Path, capsys: py
             assert "bad.json" in told.err
             assert told.err.count("\n") == 1
             assert not told.out
+
+
+@pytest.mark.parametrize(("rounds", "freedom"), [(2, 4), (3, 16), (20, 50)])
+def test_few_rounds_have_few_degrees_of_freedom(rounds: int, freedom: int) -> None:
+    """Two rounds tell no spread and count themselves alone; where a spread is told, its prior counts in each file."""
+    files = [results(seed, jobs=20, rounds=rounds) for seed in (0, 1)]
+    (old, *before), (new, *after) = ([row for row in each.rows if row.job.shape == "0x257"] for each in files)
+    change = compare.change(old, new, list(zip(before, after, strict=True)))
+    assert change is not None
+    assert change.freedom == freedom
 
 
 def test_students_quantile() -> None:

@@ -21,6 +21,7 @@ sys.path.remove(str(ROOT / "benchmarks"))
 MACHINE = {
     "device": "cpu",
     "summary": "2 CPU cores (Test)",
+    "processor": "Test",
     "features": ["avx2"],
     "threads": 1,
     "memory_gb": 24,
@@ -183,27 +184,36 @@ def test_a_file_becomes_the_record_of_its_device(root: Path, tmp_path: Path) -> 
 
 
 def test_a_record_of_another_processor_is_kept_beside_the_new_one(root: Path, tmp_path: Path) -> None:
-    old, new = ({"processor": name, "summary": f"2 CPU cores ({name})"} for name in ("Old, family 1", "New"))
-    main, aside = (root / f"benchmarks/results/{name}.json" for name in ("cpu", "cpu-old-family-1-1-threads"))
-    for machine, processor in ((old, "Old, family 1"), (new, "New"), (new, "New")):
+    main = root / "benchmarks/results/cpu.json"
+
+    def accept(**machine: object) -> int:
         write(dataclasses.replace(record(), machine=MACHINE | machine), tmp_path / "latest.json")
-        assert run(root, "--accept", str(tmp_path / "latest.json")) == 0
-        assert performance.read(main).machine["processor"] == processor
-    assert performance.read(aside).machine["processor"] == "Old, family 1"
-    text, readme = (root / "docs/performance.md").read_text(), (root / "README.md").read_text()
-    assert "[cpu-old-family-1-1-threads.json](../benchmarks/results/cpu-old-family-1-1-threads.json): 2 CPU" in text
-    head = "|  | cpu | cpu-none-1-threads | cpu-old-family-1-1-threads |"
-    line = "| `cross_attention`, output, fp32 | 0.50 (0.50 – 0.50); 0 of 2 | 0.50 (0.50 – 0.50); 0 of 2 |"
-    assert head in text.splitlines()
-    assert line in text
-    other = "On 2 CPU cores (Old, family 1), whose fp32 products compare as 60.0 GFLOP/s to 60.0 GFLOP/s, at abc+:"
-    assert f"{other} slower in 2 of 6 jobs; a step of ALBEF-base, fp32: 1.50 (1.50 – 1.50)." in readme
-    write(dataclasses.replace(record(), machine=MACHINE | old), tmp_path / "latest.json")
-    assert run(root, "--accept", str(tmp_path / "latest.json")) == 0  # the other way round
-    assert not aside.exists()
-    assert not aside.with_suffix(".csv").exists()
-    assert performance.read(root / "benchmarks/results/cpu-new-1-threads.json").machine["processor"] == "New"
+        return run(root, "--accept", str(tmp_path / "latest.json"))
+
+    def kept() -> set[str]:
+        return {path.stem for path in main.parent.glob("cpu-*.json")}
+
+    assert accept(processor="Old, family 1") == accept(processor="New") == accept(processor="New") == 0
+    assert performance.read(main).machine["processor"] == "New"
+    assert kept() == {"cpu-test-avx2-1-thread", "cpu-old-family-1-avx2-1-thread"}
+    text, readme = (root / "docs/performance.md").read_text().splitlines(), (root / "README.md").read_text()
+    assert "|  | cpu | cpu-old-family-1-avx2-1-thread | cpu-test-avx2-1-thread |" in text
+    ratios = "0.50 (0.50 – 0.50); 0 of 2"
+    assert f"| `cross_attention`, output, fp32 | {ratios} | {ratios} | {ratios} |" in text
+    rates = "60.0 GFLOP/s in fp32 where the one above has 60.0 GFLOP/s"
+    other = f"* On another machine, Old, family 1, avx2, 1 thread, {rates}, at abc+: ours slower in 2 of 6 jobs"
+    assert f"{other}; a step of ALBEF-base, fp32: 1.50 (1.50 – 1.50)." in readme
+    assert accept(processor="Old, family 1") == 0  # the other way round
+    assert kept() == {"cpu-test-avx2-1-thread", "cpu-new-avx2-1-thread"}
+    assert not list(main.parent.glob("cpu-old*.csv"))
+    assert accept(processor="New", features=[]) == 0  # another machine, though of the same processor
+    assert kept() == {"cpu-test-avx2-1-thread", "cpu-new-avx2-1-thread", "cpu-old-family-1-avx2-1-thread"}
+    shutil.copy(main, main.with_name("cpu-kept.json"))  # no record: it has not the name of its machine
     assert run(root, "--check") == 0
+    main.with_name("cpu-damaged.json").write_text("{")
+    before = main.read_bytes()
+    assert accept(processor="Newer") == 2
+    assert main.read_bytes() == before
 
 
 def test_a_gpus_figures_stand_beside_their_predictions(root: Path, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def page(records: dict[str, Results], others: Mapping[str, Mapping[str, Results]
         "# How fast it is, against what one would use instead",
         "",
         f"`python benchmarks/performance.py` wrote this page from {names}; the CSV files beside hold every row.",
-        "`make bench` (`make bench-gpu` on a GPU) measures anew, `make bench-compare` holds that against the record.",
+        "`make bench` (`make bench-gpu` on a GPU) measures anew, `make bench-compare` holds that against the record of",
+        "the same machine, if there is one.",
         "",
         "**How it was measured.** Each implementation is first held to a float64 reference: one whose error is beyond",
         "twice that of plain PyTorch in the same dtype and a floor for rounding gets no time. Then all of a job take",
@@ -286,7 +287,10 @@ def steps(results: Results, kind: str, suffix: str) -> list[str]:
     lines += [
         "Those who do the same step take turns, too. Instead of to float64 they are held to each other's losses: here"
     ]
-    lines += ["where the CSV file has an error for them, ALBEF-base by a test (`tests/test_bench_albef.py`).", ""]
+    lines += ["where the CSV file has an error for them, ALBEF-base by a test (`tests/test_bench_albef.py`)."]
+    if kind == "CPU":
+        lines += ["ALBEF-base in float32 takes too long here: `benchmarks/bench_albef_step.py` measures it."]
+    lines += [""]
     told = []
     for job in jobs:
         rows = results.of(job)

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,10 +111,18 @@ class Results:
         return list(dict.fromkeys(row.job for row in self.rows))
 
     @property
-    def hardware(self) -> tuple[object, ...]:
-        """What has to be the same for two files to be comparable: what one processor gains, another may not."""
-        names = ("gpus",) if self.machine.get("device") == "cuda" else ("processor", "features", "threads")
-        return tuple(map(self.machine.get, names))
+    def hardware(self) -> str:
+        """What has to be the same for two files to be comparable, as what one processor gains, another may not: the
+        GPUs, or the processor, its vector instructions and the threads. Empty where that is not known."""
+        m = self.machine
+        if m.get("device") == "cuda":
+            gpus = Counter(m.get("gpus") or ())
+            return ", ".join(f"{count} x {name}" for name, count in gpus.items())
+        if not m.get("processor") or not m.get("threads"):
+            return ""
+        return ", ".join(
+            (m["processor"], *(m.get("features") or ()), f"{m['threads']} thread{'s' * (m['threads'] > 1)}")
+        )
 
     def shares(self, row: Row) -> tuple[float | None, float | None]:
         """Of the ceilings: the job's bytes by the row's time, and its FLOPs. Above 1 where caches held the inputs."""

@@ -2,7 +2,7 @@
 
 Threads and not processes: Pillow's decoding, resizing and filters let go of the interpreter's lock, and so do NumPy's
 loops, so threads share the cores, while a process would need a copy of the captions and one more of every batch
-(``benchmarks/bench_data.py`` measures both, and what the lock costs).
+(``benchmarks/bench_data.py`` measures threads against processes, and what the lock costs).
 """
 
 from __future__ import annotations

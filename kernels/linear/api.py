@@ -98,6 +98,7 @@ def use_linear(module: nn.Module) -> None:
 @functools.cache
 def applies() -> bool:
     """Whether this machine's float32 products are faster in oneDNN: an x86 of AMD's with AVX-512, and PyTorch on MKL.
+    By how much, the generation decides: docs/performance.md has two.
 
     It asks for the machine, not for a stopwatch, so that all ranks and a resumed run answer alike.
     """
