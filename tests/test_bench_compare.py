@@ -23,7 +23,9 @@ MACHINE = {"device": "cpu", "summary": "2 cores", "processor": "EPYC", "threads"
 PEERS = ("sdpa", "eager", "compile")
 
 
-def results(seed: int, jobs: int = 200, rounds: int = 15, machine: float = 1.0, **changes: object) -> Results:
+def results(
+    seed: int, jobs: int = 200, rounds: int = 15, machine: float = 1.0, unit: float = 1e-2, **changes: object
+) -> Results:
     """Rounds that drift together, rows that have their own noise, a slow round in twenty, and what two runs differ by
     whatever their rounds say. ``slower``: jobs of ours that take so many times as long; ``alone``: jobs without peers.
     """
@@ -34,7 +36,7 @@ def results(seed: int, jobs: int = 200, rounds: int = 15, machine: float = 1.0, 
         job = Job("cross_attention", f"{number}x257", "B=8", "fp32", "output", "forward")
         drift = [machine * draw.lognormvariate(0, 0.1) for _ in range(rounds)]
         for place, name in enumerate(("crossmask",) if number in alone else ("crossmask", *PEERS)):
-            base = 1e-4 * (1 + number % 7) * (1 + place) * draw.lognormvariate(0, 0.01)
+            base = unit * (1 + number % 7) * (1 + place) * draw.lognormvariate(0, 0.01)
             base *= slower.get(number, 1.0) if name == "crossmask" else 1.0
             own = [draw.lognormvariate(0, 0.03) * (draw.uniform(1.5, 4) if draw.random() < 0.05 else 1) for _ in drift]
             seconds = tuple(base * a * b for a, b in zip(drift, own, strict=True))
@@ -256,6 +258,15 @@ def test_a_file_that_cannot_be_used_is_one_line_and_2(tmp_path: Path, capsys: py
             assert "bad.json" in told.err
             assert told.err.count("\n") == 1
             assert not told.out
+
+
+@pytest.mark.parametrize(
+    ("unit", "device", "named"), [(1e-4, "cpu", []), (1e-2, "cpu", ["7x257"]), (1e-4, "cuda", ["7x257"])]
+)
+def test_what_takes_as_long_as_threads_wake_is_not_called_slower(unit: float, device: str, named: list[str]) -> None:
+    files = [results(seed, jobs=30, unit=unit, slower={7: factor}) for seed, factor in ((0, 1.0), (1000, 1.8))]
+    old, new = (dataclasses.replace(each, machine=MACHINE | {"device": device}) for each in files)
+    assert slower(old, new) == named
 
 
 @pytest.mark.parametrize(("rounds", "freedom"), [(2, 4), (3, 16), (20, 50)])

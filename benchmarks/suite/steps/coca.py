@@ -28,7 +28,7 @@ from .turns import OURS, Built, Side, in_turns, of_pytorchs_products, variants
 
 MODEL = "coca_ViT-B-32"
 BATCH, LONGEST = 8, 25
-ROUNDS, QUICK_ROUNDS = 3, 1
+ROUNDS, QUICK_ROUNDS = 2, 1
 LR, WEIGHT_DECAY, BETAS = 1e-4, 0.2, (0.9, 0.98)
 CAPTION_WEIGHT, CONTRAST_WEIGHT = 2.0, 1.0
 # Of losses, relative, at the first step and behind an update: what sums in another order leave of float32, and what
