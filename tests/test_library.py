@@ -157,6 +157,8 @@ def test_a_process_group_is_ended_by_the_last_who_has_it_and_one_that_was_there_
 def begin_and_end_groups() -> None:
     assert not dist.is_initialized()
     first, second = Pretrainer(own_model.recipe(2)), Pretrainer(own_model.recipe(2))
+    beside = "from crossmask.engine.training.distributed import join, part; join(); part()"
+    subprocess.run([sys.executable, "-c", beside], check=True)  # which inherits this environment, and no port in use
     first.close()
     assert dist.is_initialized()
     second.step()

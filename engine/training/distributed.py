@@ -66,9 +66,16 @@ def init_distributed() -> World:
         # and print that it did. This table is where it looks up which of its operators can be built.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     beat("meeting the other ranks")
-    if "MASTER_PORT" not in os.environ:  # only now: during the imports' seconds another process might take it
+    alone = "MASTER_PORT" not in os.environ
+    if alone:  # only now: during the imports' seconds another process might take it
         os.environ["MASTER_PORT"] = str(free_port())
-    deepspeed.init_distributed("nccl" if gpus else "gloo", timeout=PATIENCE, auto_mpi_discovery=False, verbose=False)
+    try:
+        deepspeed.init_distributed(
+            "nccl" if gpus else "gloo", timeout=PATIENCE, auto_mpi_discovery=False, verbose=False
+        )
+    finally:
+        if alone:  # it is in use from now on: a process that inherited it could not listen there
+            del os.environ["MASTER_PORT"]
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
@@ -110,7 +117,7 @@ def part() -> None:
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
     _forget_groups()
-    for name in _set:  # the port, above all
+    for name in _set:
         os.environ.pop(name, None)
     _set.clear()
 
