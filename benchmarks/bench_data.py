@@ -53,6 +53,7 @@ from crossmask.kernels.roofline import DEVICES
 
 SIZE, BATCH, QUALITY, SHARDS = (500, 375), 32, 90, 3
 AHEAD, STEPS = (0, 1, 2), 12
+SMAPS = Path("/proc/self/smaps_rollup")  # where it is missing, nothing is said of processes' own memory
 GPUS = 8  # of recipes/albef.yaml
 
 
@@ -159,12 +160,12 @@ class Batches(torch.utils.data.Dataset[torch.Tensor]):
 
 def processes(path: Path, count: int, workers: list[int], rounds: int) -> list[dict[str, Any]]:
     """Images a second from DataLoader's processes and from our threads, in turn, RandAugment on."""
-    wanted = [list[tuple[int, int]]() for _ in workers]  # read by the loaders when a round begins
+    wanted: list[Any] = [[] for _ in workers]  # first rows and epochs, read by the loaders when a round begins
     loaders = [
         torch.utils.data.DataLoader(
             Batches(path, 2),
             batch_size=None,
-            sampler=orders,  # type: ignore[arg-type]  # any iterable of what __getitem__ takes
+            sampler=orders,
             num_workers=number,
             multiprocessing_context="forkserver",
             persistent_workers=True,
@@ -186,15 +187,17 @@ def processes(path: Path, count: int, workers: list[int], rounds: int) -> list[d
             if number:
                 found["processes", each].append(between - start)
                 found["threads", each].append(time.perf_counter() - between)
-    own = statistics.median(own_memory(child.pid) for child in multiprocessing.active_children() if child.pid)
+    own = [own_memory(child.pid) for child in multiprocessing.active_children() if child.pid and SMAPS.exists()]
     print(f"\n{'made in':<12}{'workers':>9}{'images/s':>10}{'quartiles':>16}")
     rows = []
     for (how, each), times in found.items():
         low, middle, high = quartiles([len(begins) * BATCH / one for one in times])
         print(f"{how:<12}{each:>9}{middle:>10.0f}{f'{low:.0f} .. {high:.0f}':>16}")
         rows.append({"how": how, "workers": each, "images_per_s": [low, middle, high]})
-    print(f"each process holds {own / 1e6:.0f} MB that it shares with no other")
-    return [*rows, {"how": "processes", "own_bytes": own}]
+    if not own:
+        return rows
+    print(f"each process holds {statistics.median(own) / 1e6:.0f} MB that it shares with no other")
+    return [*rows, {"how": "processes", "own_bytes": statistics.median(own)}]
 
 
 def own_memory(process: int) -> int:
